@@ -1,0 +1,112 @@
+"""The rows of the bench: shapes (B, H, L=S, D), options timed against a call without them, and what each must reach."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fastattn.bench import SHAPES, Row
+
+BOTH = (False, True)
+GRID = [Row(*shape, causal) for shape in SHAPES for causal in BOTH]
+OVER_BEST_PEER = 1.15
+SHARE_INSTEAD = 0.90  # of the FMA peak, where that is less than OVER_BEST_PEER times the best peer
+
+LONG = [Row(1, 8, L, D, causal) for D in (64, 128) for L in (1024, 2048, 4096) for causal in BOTH]
+LONG_SHARE = {(64, False): 0.90, (128, False): 0.92, (64, True): 0.86, (128, True): 0.86}  # by (D, causal)
+
+FLOAT64 = Row(1, 8, 2048, 64, dtype="float64")
+FLOAT64_SHARE = 0.80
+
+TINY = Row(1, 1, 8, 16)
+TINY_S = 3e-6
+
+FORCED_ISA = "avx2"
+FORCED_ROWS = [Row(1, 8, 2048, 64), Row(1, 8, 2048, 128)]
+FORCED_SHARE = 0.85
+
+SCALING = Row(1, 8, 2048, 64)
+TWO_OVER_ONE = 1.9
+
+AFTER_MATMUL = Row(1, 8, 512, 64)
+MATMUL = 512
+AFTER_OVER_QUIET = 1.2
+
+SCRATCH_SHAPES = [(D, Dv) for D in (40, 64, 128, 256) for Dv in (64, D)]
+SCRATCH_BYTES = 2**20
+
+IMPORT_S = 30e-3
+WHEEL_BYTES = 4e6
+BUILD_S = 240
+
+
+@dataclass(frozen=True)
+class Option:
+    """A call with options, timed beside the same call without: time must be at most ``limit · share · time without``.
+
+    ``make(row, rng)`` returns the options to pass, the mask they amount to (or None), and their bias (or None).
+    ``share(row)`` is the visible share of the L·S pairs where the option skips work, 1 where it can't.
+    """
+
+    name: str
+    row: Row
+    make: Callable
+    limit: float
+    share: Callable = lambda row: 1.0
+
+
+def _bias(*axes):
+    def make(row, rng):
+        bias = rng.standard_normal([getattr(row, a) if isinstance(a, str) else a for a in axes], dtype=row.dtype)
+        return {"bias": bias}, None, bias
+
+    return make
+
+
+def _mask(*axes):
+    def make(row, rng):  # random, so that no tile is all hidden or all visible
+        mask = rng.random([getattr(row, a) if isinstance(a, str) else a for a in axes], dtype=np.float32) < 0.9
+        return {"mask": mask}, mask, None
+
+    return make
+
+
+def _half(row, rng):
+    n = row.L // 2
+    return {"kv_lengths": np.full(row.B, n)}, np.broadcast_to(np.arange(row.L) < n, (row.L, row.L)), None
+
+
+WINDOW = 128
+
+
+def _band(length):
+    i = np.arange(length)
+    return np.abs(i[:, None] - i) <= WINDOW
+
+
+def _window(row, rng):
+    return {"window": (WINDOW, WINDOW)}, _band(row.L), None
+
+
+OPTIONS = [
+    Option("float bias (B,H,L,S)", Row(1, 8, 2048, 64), _bias("B", "H", "L", "L"), 1.3),
+    Option("float bias (L,S)", Row(1, 8, 2048, 64), _bias("L", "L"), 1.3),
+    Option("bool mask (B,H,L,S)", Row(1, 8, 2048, 64), _mask("B", "H", "L", "L"), 1.3),
+    Option("bool mask (L,S)", Row(1, 8, 2048, 64), _mask("L", "L"), 1.3),
+    Option("kv_lengths half of S", Row(1, 8, 2048, 64), _half, 1.1, lambda row: (row.L // 2) / row.L),
+    Option("window ±128", Row(1, 8, 8192, 64), _window, 1.4, lambda row: float(_band(row.L).mean())),
+]
+
+
+# The short run: the same code on small problems, for CI. 1, primes, a tile and one more, odd head sizes.
+SHORT_SHAPES = (
+    (1, 1, 1, 1), (1, 1, 8, 16), (2, 3, 13, 7), (1, 2, 64, 64), (1, 2, 65, 128), (3, 2, 50, 64),
+    (2, 2, 197, 40), (1, 4, 300, 32), (1, 1, 257, 256),
+)
+DTYPES = ("float32", "float64")
+SHORT_GRID = [Row(*shape, causal, dtype) for shape in SHORT_SHAPES for causal in BOTH for dtype in DTYPES]
+SHORT_LENGTH = 333
+
+
+def shortened(row):
+    return replace(row, L=min(row.L, SHORT_LENGTH))

@@ -1,0 +1,352 @@
+"""Every row of the speed table: what must be reached, what was measured, PASS or short. README.md says how to read it.
+
+The exit status tells about results only: 1 if one was wrong, 0 otherwise, however slow.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import cases
+import numpy as np
+
+import fastattn as fa
+from fastattn import _runtime, bench
+
+HERE = Path(__file__).parent
+PASS, SHORT, WRONG, NONE = "PASS", "short", "WRONG", "not measured"
+
+
+@dataclass
+class Line:
+    """One line of the speed table. ``value`` is what ``limit`` is compared with."""
+
+    what: str
+    must: str
+    measured: str
+    verdict: str
+    value: float | None = None
+    limit: float | None = None
+
+
+def at_least(what, limit, value, unit="", note=""):
+    verdict = PASS if value >= limit else SHORT
+    return Line(what, f"≥ {limit:.4g}{unit}", f"{value:.4g}{unit}{note}", verdict, value, limit)
+
+
+def at_most(what, limit, value, unit="", note=""):
+    verdict = PASS if value <= limit else SHORT
+    return Line(what, f"≤ {limit:.4g}{unit}", f"{value:.4g}{unit}{note}", verdict, value, limit)
+
+
+def not_measured(what, must, reason):
+    return Line(what, must, reason, NONE)
+
+
+def wrong(what, worst):
+    return Line(what, "a right result", f"largest error {worst:.2g} of the largest value", WRONG)
+
+
+class Run:
+    """The settings of a run, and every record it measured."""
+
+    def __init__(self, args, contenders):
+        self.threads, self.budget, self.short, self.build = args.threads, args.budget, args.short, args.build
+        self.contenders = contenders
+        self.records = []
+
+    def measure(self, row, *only):
+        """Records by contender, for ``only`` those named (all where none is). Printed as they are measured."""
+        names = [name for name in self.contenders if not only or name in only]
+        records = bench.measure(row, names, self.threads, self.budget, note=bench.say)
+        for record in records:
+            bench.say(bench.table_line(record))
+        self.records += records
+        return {record["contender"]: record for record in records}
+
+    def wrong(self, records):
+        return [wrong(f"{r['row']}, {r['contender']}", r["worst"]) for r in records.values() if not r["ok"]]
+
+
+def share_line(what, limit, record):
+    """The line of a record's share of the FMA peak."""
+    if record["share"] is None:
+        return not_measured(what, f"≥ {limit:.0%} of the FMA peak", f"{record['gflops']:.4g} GFLOP/s, no peak measured")
+    return at_least(what, 100 * limit, 100 * record["share"], " %", f" of {record['peak']:.0f} GFLOP/s")
+
+
+# The checks. Each yields lines.
+
+
+def grid(run):
+    """fastattn against the best peer."""
+    for row in bench.progress(cases.GRID):
+        records = run.measure(row)
+        yield from run.wrong(records)
+        mine = records.get("fastattn")
+        peers = [r for name, r in records.items() if name != "fastattn" and r["ok"]]
+        if mine is None or not mine["ok"] or not peers:
+            continue
+        best = max(peers, key=lambda r: r["gflops"])
+        limit = cases.OVER_BEST_PEER * best["gflops"]
+        must = f"{cases.OVER_BEST_PEER} × {best['contender']}"
+        if mine["peak"] and cases.SHARE_INSTEAD * mine["peak"] < limit:
+            limit = cases.SHARE_INSTEAD * mine["peak"]
+            must = f"{cases.SHARE_INSTEAD:.0%} of the peak"
+        ratio = f" ({mine['gflops'] / best['gflops']:.2f} × {best['contender']}"
+        share = f", {mine['share']:.0%} of the peak)" if mine["share"] else ")"
+        line = at_least(f"{row} against the best peer", limit, mine["gflops"], " GFLOP/s", ratio + share)
+        line.must += f" ({must})"
+        yield line
+
+
+def long(run):
+    """Long float32 sequences: share of the FMA peak."""
+    for row in bench.progress(cases.LONG):
+        yield from share(run, row, cases.LONG_SHARE[row.D, row.causal])
+
+
+def float64(run):
+    yield from share(run, cases.FLOAT64, cases.FLOAT64_SHARE, "numpy", "torch")
+
+
+def share(run, row, limit, *beside):
+    records = run.measure(row, "fastattn", *beside)
+    yield from run.wrong(records)
+    if records["fastattn"]["ok"]:
+        yield share_line(f"{row}, share of the {row.dtype} FMA peak", limit, records["fastattn"])
+
+
+def options(run):
+    """Calls with options, timed beside the same call without."""
+    for option in bench.progress(cases.OPTIONS):
+        row = cases.shortened(option.row) if run.short else option.row
+        what = f"{row}, {option.name}"
+        inputs = row.inputs()
+        keywords, mask, bias = option.make(row, np.random.default_rng(1))
+        calls = {"without": partial(fa.attention, *inputs), "with": partial(fa.attention, *inputs, **keywords)}
+        rows = bench.checked_rows(row.L)
+        expected = bench.exact(*inputs, rows, mask=mask, bias=bias)
+        _, worst = bench.errors(calls["with"](), expected, rows, inputs[2])
+        if not worst <= bench.tolerance("fastattn", row.dtype):
+            yield wrong(what, worst)
+            continue
+        stats = bench.interleave(calls, run.budget)
+        share = option.share(row)
+        ratio = stats["with"].median / stats["without"].median / share
+        note = f" ({stats['with'].median * 1e3:.4g} ms; without {stats['without'].median * 1e3:.4g} ms)"
+        times = "× the time without" if share == 1 else f"× {share:.2%} of the time without"
+        yield at_most(what, option.limit, ratio, " " + times, note)
+
+
+def tiny(run):
+    """One call on almost nothing: what the door costs."""
+    records = run.measure(cases.TINY)
+    yield from run.wrong(records)
+    mine, torch = records["fastattn"], records.get("torch")
+    if not mine["ok"]:
+        return
+    what = f"{cases.TINY}, one call"
+    yield at_most(what, cases.TINY_S * 1e6, mine["median"] * 1e6, " µs")
+    if torch and torch["ok"]:
+        yield at_most(f"{what}, over torch's time", 1, mine["median"] / torch["median"])
+    else:
+        yield not_measured(f"{what}, over torch's time", "< 1", "no torch")
+
+
+def forced(run):
+    """The avx2 build on this machine, in a process of its own, against its own 256-bit peak."""
+    rows = f"^({'|'.join(map(str, cases.FORCED_ROWS))})$"
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder, "forced.json")
+        command = ["-m", "fastattn", "bench", "--contenders", "fastattn", "--rows", rows, "--json", str(saved)]
+        command += ["--threads", str(run.threads), "--budget", str(run.budget)]
+        done = python(command, folder, FASTATTN_ISA=cases.FORCED_ISA)
+        what = f"FASTATTN_ISA={cases.FORCED_ISA}"
+        if not saved.exists():
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            yield not_measured(what, f"≥ {cases.FORCED_SHARE:.0%} of its peak", reason)
+            return
+        for record in json.loads(saved.read_text())["records"]:
+            record["row"] += f" {cases.FORCED_ISA}"
+            bench.say(bench.table_line(record))
+            run.records.append(record)
+            if record["ok"]:
+                yield share_line(f"{record['row']}, share of its own FMA peak", cases.FORCED_SHARE, record)
+            else:
+                yield wrong(record["row"], record["worst"])
+
+
+def threads(run):
+    """Two threads against one."""
+    what = f"{cases.SCALING}, 2 threads against 1"
+    if len(os.sched_getaffinity(0)) < 2 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) < 2:
+        yield not_measured(what, f"≥ {cases.TWO_OVER_ONE} ×", "one CPU")
+        return
+    inputs = cases.SCALING.inputs()
+    calls = {n: partial(fa.attention, *inputs, num_threads=n) for n in (1, 2)}
+    stats = bench.interleave(calls, run.budget)
+    note = f" ({stats[1].median * 1e3:.4g} and {stats[2].median * 1e3:.4g} ms)"
+    yield at_least(what, cases.TWO_OVER_ONE, stats[1].median / stats[2].median, " ×", note)
+
+
+def after_matmul(run):
+    """One call right after each NumPy matmul, whose threads still spin; only the call is timed."""
+    row = cases.AFTER_MATMUL
+    rng = np.random.default_rng(2)
+    a, b = rng.standard_normal((2, cases.MATMUL, cases.MATMUL), dtype=np.float32)
+    product = np.empty_like(a)
+    calls, before = {}, {}
+    for name in ("fastattn", "torch", "onnxruntime"):
+        if name in run.contenders:
+            call, _ = bench.CONTENDERS[name].build(row, *row.inputs(), run.threads)
+            calls |= {name: call, f"{name} after": call}
+            before[f"{name} after"] = partial(np.matmul, a, b, out=product)
+    stats = bench.interleave(calls, run.budget, before)
+    for name in before:
+        quiet, after = stats[name.removesuffix(" after")].median, stats[name].median
+        line = at_most(
+            f"{row}, {name} a {cases.MATMUL}×{cases.MATMUL} NumPy matmul", cases.AFTER_OVER_QUIET, after / quiet,
+            " × the quiet time", f" ({quiet * 1e3:.4g} → {after * 1e3:.4g} ms)")
+        if not name.startswith("fastattn"):
+            line.verdict, line.must = "peer", ""
+        yield line
+
+
+def scratch(run):
+    """Scratch a thread: it has no L and no S to depend on."""
+    if getattr(_runtime, "scratch_bytes", None) is None:
+        yield not_measured("scratch a thread", f"≤ {cases.SCRATCH_BYTES} bytes", "no kernel is bound")
+        return
+    for dtype in ("float32", "float64"):
+        most, shape = max((np.max(_runtime.scratch_bytes(*s, dtype)), s) for s in cases.SCRATCH_SHAPES)
+        what = f"scratch a thread, {dtype}"
+        yield at_most(what, cases.SCRATCH_BYTES / 1024, most / 1024, " KiB", " (D, Dv = {}, {})".format(*shape))
+
+
+def imports(run):
+    """Import time beyond NumPy's; the first process only writes the byte code."""
+    code = "import time, numpy; t = time.perf_counter(); import fastattn; print(time.perf_counter() - t)"
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = [float(python(["-c", code], folder).stdout) for _ in range(8)][1:]
+    note = f" ({min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f})"
+    yield at_most("import beyond NumPy's", cases.IMPORT_S * 1e3, statistics.median(seconds) * 1e3, " ms", note)
+
+
+def wheel(run):
+    """Size of the wheel and time to build it (with --build)."""
+    if not run.build:
+        yield not_measured("wheel size and build time", "≤ 4 MB, ≤ 4 minutes", "only with --build")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["-m", "pip", "wheel", str(HERE.parent), "--no-deps", "--no-build-isolation", "-w", folder]
+        begin = time.perf_counter()
+        done = python(command, folder)
+        seconds = time.perf_counter() - begin
+        built = list(Path(folder).glob("*.whl"))
+        if not built:
+            reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+            yield not_measured("wheel size and build time", "≤ 4 MB, ≤ 4 minutes", reason)
+            return
+        yield at_most("wheel size", cases.WHEEL_BYTES / 1e6, built[0].stat().st_size / 1e6, " MB")
+        yield at_most(f"build on {os.cpu_count()} CPUs", cases.BUILD_S, seconds, " s")
+
+
+def short(run):
+    """Small problems, results only; and the comparator refuses results that are wrong by little."""
+    row = cases.Row(1, 2, 64, 64)
+    inputs, rows = row.inputs(), bench.checked_rows(row.L)
+    out = bench.exact(*inputs, rows, causal=True)
+    for name, bad in (("scaled", out * 1.0001), ("one row late", np.roll(out, 1, -2)), ("NaN", out + np.nan)):
+        if bench.errors(bad, out, rows, inputs[2])[1] <= bench.tolerance("fastattn", row.dtype):
+            yield Line(f"comparator, {name}", "refuse a wrong result", "accepted", WRONG)
+    right = 0
+    for row in bench.progress(cases.SHORT_GRID):
+        bad = run.wrong(run.measure(row, "fastattn", "numpy"))
+        right += not bad
+        yield from bad
+    yield at_least("small problems with right results", len(cases.SHORT_GRID), right)
+
+
+CHECKS = [grid, long, options, float64, tiny, forced, threads, after_matmul, scratch, imports, wheel]
+SHORT_CHECKS = [short, options, scratch, imports]
+
+
+def python(command, folder, **environment):
+    """Run this interpreter in ``folder``, so that it imports the installed package and not a source tree."""
+    flags = ["-P"] if command[0] == "-m" else []
+    return subprocess.run(
+        [sys.executable, *flags, *command], cwd=folder, env=os.environ | environment, capture_output=True, text=True,
+        check=False)
+
+
+def lines_table(lines):
+    head = ("what", "must reach", "measured", "")
+    cells = [(line.what, line.must, line.measured, line.verdict) for line in lines]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    rows = [head, tuple("-" * width for width in widths), *cells]
+    return ["| " + " | ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+
+
+def save(name, info, records, lines):
+    """bench/results/NAME.md and NAME.json."""
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    text = [f"# {name}", "", *(line + "  " for line in bench.header(info)), "", *lines_table(lines), ""]
+    text += [*bench.table_head(), *map(bench.table_line, records), ""]
+    (folder / f"{name}.md").write_text("\n".join(text), encoding="utf-8")
+    data = {"machine": info, "lines": [asdict(line) for line in lines], "records": records}
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--short", action="store_true", help="small problems, for CI; needs no peer")
+    parser.add_argument("--only", metavar="REGEX", default="", help=f"of {' '.join(c.__name__ for c in CHECKS)}")
+    parser.add_argument("--threads", type=int, default=fa.get_num_threads(), help="of every contender [%(default)s]")
+    parser.add_argument("--budget", type=float, metavar="S", help="seconds of timing a row, at least [4; short: 0.02]")
+    parser.add_argument("--build", action="store_true", help="also build the wheel (minutes)")
+    parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.md and NAME.json")
+    args = parser.parse_args(argv)
+    if args.budget is None:
+        args.budget = 0.02 if args.short else 4.0
+    return args
+
+
+def main(argv):
+    args = parse(argv)
+    status = bench.relaunch([__file__, *argv, "--threads", str(args.threads)], args.threads)
+    if status is not None:
+        return status
+    fa.set_num_threads(args.threads)
+    contenders, missing = bench.available(["fastattn", "numpy"] if args.short else bench.CONTENDERS)
+    info = bench.machine(args.threads, contenders)
+    print(*bench.header(info), sep="\n")
+    for name, reason in missing.items():
+        print(f"{name} left out: {reason}")
+    print("", *bench.table_head(), sep="\n", flush=True)
+    run, lines = Run(args, contenders), []
+    for check in SHORT_CHECKS if args.short else CHECKS:
+        if re.search(args.only, check.__name__):
+            for line in check(run):
+                lines.append(line)
+                bench.say(f"{line.verdict}: {line.what}: {line.measured}" + f"; must be {line.must}" * bool(line.must))
+    print("", *lines_table(lines), sep="\n")
+    if args.save:
+        save(args.save, info, run.records, lines)
+    counts = {v: sum(line.verdict == v for line in lines) for v in (PASS, SHORT, WRONG, NONE)}
+    print("\n" + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
+    return 1 if counts[WRONG] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,27 @@
+"""Exact attention for NumPy arrays at the speed of the processor.
+
+    import fastattn as fa
+    out = fa.attention(query, key, value, causal=True)
+"""
+from pkgutil import extend_path
+
+# A checkout on the path (`python -m fastattn` at its root) shadows the installed package but has no compiled modules:
+# look for them in the installed one too.
+__path__ = extend_path(__path__, __name__)
+
+from . import reference
+from ._runtime import (
+    get_include,
+    get_num_threads,
+    isa,
+    set_num_threads,
+    show_config,
+    threads,
+)
+from ._runtime import config as _config
+from .attention import attention
+
+__version__ = _config()["fastattn"]
+
+__all__ = ["attention", "get_include", "get_num_threads", "isa", "reference", "set_num_threads", "show_config",
+           "threads"]

@@ -1,0 +1,161 @@
+"""The public function: a quick path for plain calls, else checks -> Problem -> forward."""
+
+from . import _runtime, checks
+
+# The default objects themselves, so that the quick path can compare by identity.
+_SOFTMAX = "softmax"
+_NO_DROPOUT = 0.0
+
+
+def attention(query, key, value, *, mask=None, bias=None, causal=False, window=None, query_offset=None,
+              query_lengths=None, kv_lengths=None, scale=None, softcap=None, sinks=None, normalizer=_SOFTMAX,
+              dropout_p=_NO_DROPOUT, seed=None, out=None, return_lse=False, deterministic=None, num_threads=None):
+    """Exact scaled dot-product attention, softmax(scale * Q K^T + bias) V, without storing the L x S weights.
+
+    The order is fixed: scores = scale * q.k, then softcap, then + bias, then every restriction (mask, causal, window,
+    lengths), then softmax over the visible keys, then the sum of values. A key is visible if every given restriction
+    allows it. Options combine freely.
+
+    Arrays come in through NumPy, ``__dlpack__``, the buffer protocol or ``__array__`` without a copy and are never
+    modified; read-only, strided, reversed and broadcast (zero-stride) arrays are fine.
+
+    Parameters
+    ----------
+    query : array (..., H, L, D), float32 or float64
+        Up to 8 leading axes, of product B. 3-D arrays have heads and no batch, 2-D arrays neither.
+    key : array (..., Hkv, S, D), query's dtype
+        Hkv divides H; query head h reads key and value head ``h // (H // Hkv)``. The leading axes of the three arrays
+        are equal or 1; those of size 1 are broadcast.
+    value : array (..., Hkv, S, Dv), query's dtype
+        Dv may differ from D.
+    mask : bool array that broadcasts to (..., H, L, S), optional
+        True = attend.
+    bias : array of query's dtype that broadcasts to (..., H, L, S), optional
+        Added to the scores. -inf masks the position.
+    causal : bool
+        Query i sees the keys j <= i + query_offset. With the default offset the last query sees the last key::
+
+            L = 2, S = 4    1 1 1 0        L = 4, S = 2    0 0
+                            1 1 1 1                        0 0
+                                                           1 0
+                                                           1 1
+
+        ``query_offset=0`` aligns the first query with the first key instead::
+
+            L = 2, S = 4    1 0 0 0        L = 4, S = 2    1 0
+                            1 1 0 0                        1 1
+                                                           1 1
+                                                           1 1
+    window : int or (left, right), optional
+        With p = i + query_offset, query i sees p - left <= j <= p + right. None = no bound on that side; an integer w
+        means (w, w), or (w, 0) if causal.
+    query_offset : int or integers that broadcast to the leading axes, optional
+        Position of query 0 on the axis of keys; the length of the past in a cache. Default ``kv_lengths - L``, or
+        ``S - L`` without lengths. Negative offsets leave early rows empty. Without causal and window it has no effect.
+    query_lengths, kv_lengths : int or integers that broadcast to the leading axes, optional
+        Rows at and past ``query_lengths[b]`` have out 0 and lse -inf; keys at and past ``kv_lengths[b]`` are masked.
+        Default L and S.
+    scale : float, optional
+        Default ``1 / sqrt(D)`` (1 for D = 0).
+    softcap : float, optional
+        c > 0 replaces each score s by ``c * tanh(s / c)``. Default: none.
+    sinks : array (H,) of query's dtype, optional
+        Logits that join the denominator of their head's softmax and carry no value.
+    normalizer : str
+        "softmax".
+    dropout_p : float
+        0.0.
+    seed : int, optional
+        Of the dropout; no effect without it.
+    out : ndarray of the result's shape and query's dtype, optional
+        Filled and returned. It must not overlap an input.
+    return_lse : bool
+        Return (out, lse).
+    deterministic : bool, optional
+        Either bool changes nothing: the bits of a row never depend on threads, the batch or the other rows.
+    num_threads : int, optional
+        At most this many threads. Default: what ``get_num_threads()`` says.
+
+    Returns
+    -------
+    out : ndarray (..., H, L, Dv), query's dtype, 64-byte aligned
+        Without the axes that query lacks. A row that sees no key is 0.
+    lse : ndarray (..., H, L), query's dtype
+        Only with ``return_lse``: the natural logarithm (nats) of the sum of the exponentials of the final scores, sink
+        included. A row that sees no key has -inf, or its sink.
+
+    Raises
+    ------
+    TypeError
+        An argument of the wrong kind: no array, a masked array, a dtype that is not float32 or float64 in native byte
+        order; key, value, bias or sinks of another dtype than query; a mask that is not boolean; lengths, offsets or
+        bounds that are not integers; a bool where a number is wanted; out= that is not an ndarray.
+    ValueError
+        A wrong shape or value: axes, heads or sizes that do not fit each other; more than 8 leading axes; lengths
+        outside [0, L] or [0, S]; a query_offset outside (-2**60, 2**60); a negative window; scale or softcap not finite
+        in query's dtype; softcap not positive and normal; dropout_p outside [0, 1); a negative seed; num_threads < 1;
+        an unknown normalizer or deterministic; an address or strides that are no multiple of the item size; out= of the
+        wrong shape or dtype, read-only, overlapping itself or an input.
+    NotImplementedError
+        Options of later versions: other normalizers, dropout_p > 0, ``deterministic="row"``, sparse arrays and
+        expressions as mask or bias, float16 and bfloat16.
+    MemoryError
+        No memory for the result or the scratch.
+
+    Notes
+    -----
+    2 * B * H * L * S * (D + Dv) floating-point operations (4 * B * H * L * S * D if Dv = D), of which about the visible
+    share is done. Scratch is O(D + Dv) tiles a thread, independent of L and S. Sums and softmax are in query's dtype.
+
+    A masked position never contributes: NaN or Inf in its key, value or bias changes nothing. NaN and Inf that are seen
+    propagate as IEEE arithmetic has it; a row whose visible scores are all -inf is NaN.
+
+    References
+    ----------
+    Vaswani et al., "Attention Is All You Need", 2017. The ONNX operator Attention, opset 25. The softmax in one pass:
+    Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022.
+
+    Examples
+    --------
+    Equal scores give the mean of the values:
+
+    >>> import numpy as np
+    >>> import fastattn as fa
+    >>> query, key = np.zeros((3, 4)), np.zeros((3, 4))
+    >>> value = np.array([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]])
+    >>> fa.attention(query, key, value).round(6)
+    array([[2., 1.],
+           [2., 1.],
+           [2., 1.]])
+
+    Each query sees the keys up to its own:
+
+    >>> fa.attention(query, key, value, causal=True).round(6)
+    array([[0., 1.],
+           [1., 1.],
+           [2., 1.]])
+
+    A padded batch, 8 query heads on 2 key heads, and the log of each row's sum:
+
+    >>> rng = np.random.default_rng(0)
+    >>> query = rng.standard_normal((2, 8, 5, 16), np.float32)
+    >>> key, value = rng.standard_normal((2, 2, 2, 7, 16), np.float32)
+    >>> out, lse = fa.attention(query, key, value, kv_lengths=[7, 3], return_lse=True)
+    >>> out.shape, lse.shape, out.dtype
+    ((2, 8, 5, 16), (2, 8, 5), dtype('float32'))
+    """
+    plain = _runtime.plain
+    if (plain is not None and mask is None and bias is None and (causal is False or causal is True) and window is None
+            and query_offset is None and query_lengths is None and kv_lengths is None and softcap is None
+            and sinks is None and normalizer is _SOFTMAX and dropout_p is _NO_DROPOUT and seed is None and out is None
+            and return_lse is False and deterministic is None):
+        result = plain(query, key, value, causal, scale, num_threads)
+        if result is not None:
+            return result
+    problem = checks.problem(
+        query, key, value, mask=mask, bias=bias, causal=causal, window=window, query_offset=query_offset,
+        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks,
+        normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
+        deterministic=deterministic, num_threads=num_threads)
+    _runtime.forward(problem)
+    return problem.result()

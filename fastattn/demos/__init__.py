@@ -1,0 +1,1 @@
+"""Real models around :func:`fastattn.attention`, run by ``python -m fastattn demo``."""

@@ -1,0 +1,119 @@
+"""The definition of attention, executable: plain NumPy, one head at a time, in float64.
+
+It is the oracle of the tests and the fallback where no compiled kernel runs. For each query row i of a head:
+
+    s[j] = scale * q[i] . k[j]                 score of key j
+    s[j] = softcap * tanh(s[j] / softcap)      if softcap is given
+    s[j] = s[j] + bias[i, j]                   if bias is given
+    m    = max s[j]                            over the visible keys, and the sink
+    l    = sum exp(s[j] - m)                   over the visible keys, and the sink
+    out  = sum exp(s[j] - m) / l * v[j]        over the visible keys
+    lse  = m + log(l)
+
+A key is visible if no restriction hides it; a bias of -inf hides too. A hidden key takes no part, whatever its K, V and
+bias hold. A row that sees no key has out = 0 and lse = -inf, or lse = the sink if there is one; a row past
+`query_lengths` has out = 0 and lse = -inf in any case. Everything else follows IEEE arithmetic: NaN and Inf that are
+seen propagate, and a row whose visible scores are all -inf is NaN, not empty.
+"""
+
+import numpy as np
+
+from . import checks
+
+
+def attention(query, key, value, *, mask=None, bias=None, causal=False, window=None, query_offset=None,
+              query_lengths=None, kv_lengths=None, scale=None, softcap=None, sinks=None, normalizer="softmax",
+              dropout_p=0.0, seed=None, out=None, return_lse=False, deterministic=None, num_threads=None):
+    """`fastattn.attention` in plain NumPy: the same arguments, checks and results, in float64 inside.
+
+    It stores the L x S scores of one head at a time and ignores `num_threads`.
+
+    >>> import numpy as np
+    >>> attention(np.zeros((1, 4)), np.zeros((2, 4)), np.array([[1.0], [3.0]]))
+    array([[2.]])
+    """
+    problem = checks.problem(
+        query, key, value, mask=mask, bias=bias, causal=causal, window=window, query_offset=query_offset,
+        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks,
+        normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
+        deterministic=deterministic, num_threads=num_threads)
+    forward(problem)
+    return problem.result()
+
+
+def forward(problem, dtype=None):
+    """Fill `problem.out` and `problem.lse`, computing in `dtype` (float64 unless given, whatever the inputs are)."""
+    dtype = np.dtype(dtype or np.float64).type
+    with np.errstate(all="ignore"):
+        for batch, head, kv_head in heads(problem):
+            scores, visible = logits(problem, batch, head, kv_head, dtype)
+            weights, m, total = softmax(scores, visible, sink(problem, head, dtype))
+            lse = m + np.log(total)
+            if problem.query_lengths is not None:
+                lse[problem.query_lengths[batch]:] = -np.inf
+            problem.out[head] = weighted_sum(weights, visible, problem.value[kv_head].astype(dtype))
+            if problem.lse is not None:
+                problem.lse[head] = lse
+
+
+def heads(problem):
+    """For every head: the number of its batch, its index (*lead, h), and its key head's (*lead, h // (H / Hkv))."""
+    *lead, H = problem.query.shape[:-2]
+    Hkv = problem.key.shape[-3]
+    for batch, index in enumerate(np.ndindex(*lead)):
+        for head in range(H):
+            yield batch, (*index, head), (*index, head // (H // Hkv))
+
+
+def sink(problem, head, dtype):
+    """The head's sink logit, or None."""
+    return None if problem.sinks is None else problem.sinks[head[-1]].astype(dtype)
+
+
+def logits(problem, batch, head, kv_head, dtype):
+    """The final scores s[L, S] of one head, and which of them are visible."""
+    q, k = problem.query[head].astype(dtype), problem.key[kv_head].astype(dtype)
+    L, S = len(q), len(k)
+    visible = np.ones((L, S), np.bool_)
+
+    scores = dtype(problem.scale) * (q @ k.T)
+    if problem.softcap:
+        scores = problem.softcap * np.tanh(scores / problem.softcap)
+    if problem.bias is not None:
+        bias = problem.bias[head].astype(dtype)
+        scores = scores + bias
+        visible &= bias != -np.inf
+
+    if problem.mask is not None:
+        visible &= problem.mask[head]
+    j = np.arange(S)
+    if problem.query_offset is not None:
+        position = np.arange(L)[:, None] + problem.query_offset[batch]
+        visible &= (position - problem.left <= j) & (j <= position + problem.right)
+    if problem.kv_lengths is not None:
+        visible &= j < problem.kv_lengths[batch]
+    if problem.query_lengths is not None:
+        visible[problem.query_lengths[batch]:] = False
+    return scores, visible
+
+
+def softmax(scores, visible, sink=None):
+    """exp(s - m) / l as weights[L, S], zero where not visible; m[L]; l[L]."""
+    m = scores.max(axis=1, initial=-np.inf, where=visible)
+    if sink is not None:
+        m = np.maximum(m, sink)
+    weights = np.where(visible, np.exp(scores - m[:, None]), 0)
+    total = weights.sum(axis=1)
+    if sink is not None:
+        total += np.exp(sink - m)
+    total = np.where(visible.any(axis=1), total, 1)  # an empty row: weights 0 and lse = m
+    return weights / total[:, None], m, total
+
+
+def weighted_sum(weights, visible, v):
+    """weights[L, S] . v[S, Dv] over the visible keys only: 0 * NaN of a hidden key must not appear."""
+    finite = np.isfinite(v).all(axis=1)
+    out = weights[:, finite] @ v[finite]
+    for j in np.flatnonzero(~finite):
+        out += np.where(visible[:, j, None], weights[:, j, None] * v[j], 0)
+    return out

@@ -1,0 +1,408 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""From arrays to tasks: fills the problem struct, takes scratch, runs the bound kernel on threads without the GIL.
+
+Everything here assumes what checks.py has established. `plain` is the one exception: a short test that is true only of calls
+that need no check, so that a small call costs little; when in doubt it answers None and the caller takes the long way.
+"""
+include "kernel/abi.pxi"
+
+cimport cython
+cimport numpy as cnp
+from cpython.exc cimport PyErr_Occurred
+from cpython.mem cimport PyMem_RawFree
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.ref cimport Py_INCREF
+from cython.parallel cimport parallel, prange
+from libc.stdint cimport uintptr_t
+from libc.string cimport memset, strcmp
+
+cnp.import_array()
+
+cdef extern from "Python.h":
+    int check_signals "PyErr_CheckSignals"()            # leaves the exception set; raised when the threads have stopped
+    unsigned long PyThread_get_thread_ident() nogil
+
+cdef extern from "<stdlib.h>" nogil:
+    void* aligned_alloc(size_t, size_t)
+    void free(void*)
+
+cdef extern from "threads.h" nogil:
+    ctypedef struct fastattn_place:
+        pass
+    int fastattn_thread()
+    double fastattn_clock()
+    void fastattn_caller(fastattn_place*)
+    void fastattn_keep_off(const fastattn_place*)
+    int fastattn_supports(const char*)
+
+cdef extern from "numpy/arrayobject.h":
+    int PyArray_SetBaseObject(cnp.ndarray, object) except -1
+
+cdef enum:
+    POLL_MS = 50
+    KEPT = 8                    # scratch buffers kept between calls
+
+cdef const fastattn_kernel* kernel_f32 = NULL
+cdef const fastattn_kernel* kernel_f64 = NULL
+cdef unsigned long main_thread = PyThread_get_thread_ident()
+cdef int default_threads = 1
+cdef bint forked = False
+
+# FLOPs that pay for waking one more thread: about 10 µs of AVX-512 work on one core.
+cdef double FLOPS_A_THREAD = 2.5e6
+
+
+def supports(str isa):
+    """Whether this CPU and its operating system can run a build of the kernel."""
+    return bool(fastattn_supports(isa.encode()))
+
+
+def bind(f32, f64):
+    """Take the tables of the chosen kernel modules."""
+    global kernel_f32, kernel_f64
+    cdef const fastattn_kernel* a = <const fastattn_kernel*>PyCapsule_GetPointer(f32, "fastattn_kernel")
+    cdef const fastattn_kernel* b = <const fastattn_kernel*>PyCapsule_GetPointer(f64, "fastattn_kernel")
+    if a.abi != FASTATTN_ABI or b.abi != FASTATTN_ABI or a.bits != 32 or b.bits != 64:
+        raise ImportError("fastattn's kernels were built from other sources than its dispatch module: install it again")
+    kernel_f32 = a
+    kernel_f64 = b
+
+
+def set_threads(int n):
+    """Default number of threads for calls that do not say."""
+    global default_threads
+    default_threads = n
+
+
+def after_fork():
+    """libgomp hangs in a forked child that enters a parallel region: run serially there."""
+    global forked
+    forked = True
+
+
+# --- scratch ---------------------------------------------------------------------------------------------------------
+# Fresh memory costs a page fault every 4 KiB; a few buffers are kept. Taken and given back with the GIL held.
+
+cdef struct Buffer:
+    void* data
+    size_t size
+
+cdef Buffer kept[KEPT]
+memset(kept, 0, sizeof(kept))
+
+
+cdef void* take(size_t* size) noexcept:
+    cdef int i
+    cdef void* data
+    for i in range(KEPT):
+        if kept[i].data != NULL and kept[i].size >= size[0]:
+            data = kept[i].data
+            size[0] = kept[i].size
+            kept[i].data = NULL
+            return data
+    size[0] = (size[0] + 4095)//4096*4096
+    return aligned_alloc(64, size[0])
+
+
+cdef void give_back(void* data, size_t size) noexcept:
+    cdef int i
+    cdef int smallest = 0
+    for i in range(KEPT):
+        if kept[i].data == NULL:
+            kept[i].data = data
+            kept[i].size = size
+            return
+        if kept[i].size < kept[smallest].size:
+            smallest = i
+    if kept[smallest].size < size:
+        free(kept[smallest].data)
+        kept[smallest].data = data
+        kept[smallest].size = size
+    else:
+        free(data)
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+cdef struct Watch:
+    double last
+    int stop
+
+
+cdef void poll(void* data) noexcept nogil:
+    # On the calling thread, between blocks of keys. Only the main thread can receive signals in Python.
+    cdef Watch* watch = <Watch*>data
+    cdef double now = fastattn_clock()
+    if now - watch.last < POLL_MS*1e-3:
+        return
+    watch.last = now
+    with gil:
+        if check_signals() != 0:
+            watch.stop = 1
+
+
+cdef void run_threads(const fastattn_kernel* kernel, const fastattn_problem* p, int64_t n_tasks, int n_threads,
+                      char* scratch, size_t size) noexcept nogil:
+    cdef int64_t task
+    cdef fastattn_place place
+    fastattn_caller(&place)
+    with parallel(num_threads=n_threads):
+        fastattn_keep_off(&place)
+        for task in prange(n_tasks, schedule="dynamic"):
+            one_task(kernel, p, n_tasks, task, scratch, size)
+
+
+cdef inline void one_task(const fastattn_kernel* kernel, const fastattn_problem* p, int64_t n_tasks, int64_t task,
+                          char* scratch, size_t size) noexcept nogil:
+    cdef int thread = fastattn_thread()
+    if p.stop[0] == 0:
+        kernel.run(p, n_tasks, task, thread == 0, scratch + thread*size)
+
+
+cdef int run(fastattn_problem* p, int n_threads) except -1:
+    cdef const fastattn_kernel* kernel = kernel_f32 if p.bits == 32 else kernel_f64
+    cdef size_t size, total
+    cdef int64_t n_tasks, task
+    cdef double flops = 2.0*p.B*p.H*p.L*p.S*(p.D + p.Dv)
+    cdef char* scratch
+    cdef Watch watch
+    if p.B*p.H*p.L == 0:
+        return 0
+    if n_threads <= 0:
+        n_threads = default_threads
+    if forked:
+        n_threads = 1
+    if n_threads > 1 and flops < n_threads*FLOPS_A_THREAD:
+        n_threads = max(1, <int>(flops/FLOPS_A_THREAD))
+    n_tasks = kernel.tasks(p, n_threads)
+    n_threads = <int>min(<int64_t>n_threads, n_tasks)
+    size = (kernel.scratch(p) + 4095 + 128)//4096*4096 + 64     # not a multiple of 4096 apart: threads would share L1 sets
+    total = size*n_threads
+    scratch = <char*>take(&total)
+    if scratch == NULL:
+        raise MemoryError(f"fastattn needs {size} bytes of scratch for each of {n_threads} threads")
+    watch.last = 0
+    watch.stop = 0
+    p.abi = FASTATTN_ABI
+    p.stop = &watch.stop
+    p.poll = NULL
+    p.poll_data = &watch
+    if flops > 1e8 and PyThread_get_thread_ident() == main_thread:
+        watch.last = fastattn_clock()
+        p.poll = poll
+    with nogil:
+        if n_threads == 1:
+            for task in range(n_tasks):
+                if watch.stop == 0:
+                    kernel.run(p, n_tasks, task, 1, scratch)
+        else:
+            run_threads(kernel, p, n_tasks, n_threads, scratch, size)
+    give_back(scratch, total)
+    if watch.stop != 0 and PyErr_Occurred() != NULL:
+        return -1
+    return 0
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+cdef cnp.ndarray empty(int n_axes, cnp.npy_intp* shape, int typenum):
+    # 64-byte aligned, from NumPy's allocator
+    cdef cnp.npy_intp n = 4 if typenum == cnp.NPY_FLOAT32 else 8
+    cdef int i
+    cdef cnp.ndarray raw, result
+    for i in range(n_axes):
+        n *= shape[i]
+    n += 64
+    raw = cnp.PyArray_SimpleNew(1, &n, cnp.NPY_UINT8)
+    result = cnp.PyArray_New(cnp.ndarray, n_axes, shape, typenum, NULL,
+                             <void*>((<uintptr_t>cnp.PyArray_DATA(raw) + 63)//64*64), 0, cnp.NPY_ARRAY_CARRAY, <object>NULL)
+    Py_INCREF(raw)
+    PyArray_SetBaseObject(result, raw)
+    return result
+
+
+cdef void describe(fastattn_array* a, cnp.ndarray x, int tail, int n_lead) noexcept:
+    # Strides of (*lead, head, row, col), or without col (tail = 2); axes that are missing on the left get 0.
+    cdef int n = cnp.PyArray_NDIM(x)
+    cdef cnp.npy_intp* strides = cnp.PyArray_STRIDES(x)
+    cdef cnp.npy_intp size = cnp.PyArray_ITEMSIZE(x)
+    cdef int i
+    a.data = cnp.PyArray_DATA(x)
+    for i in range(n_lead):
+        a.lead[i] = strides[i]//size if cnp.PyArray_DIM(x, i) != 1 else 0
+    a.col = strides[n - 1]//size if tail == 3 else 1
+    a.row = strides[n - tail + 1]//size if n >= tail - 1 else 0
+    a.head = strides[n - tail]//size if n >= tail else 0
+
+
+cdef inline bint simple(cnp.ndarray x, int typenum) noexcept:
+    # native, whole-element strides
+    cdef cnp.npy_intp size = cnp.PyArray_ITEMSIZE(x)
+    cdef int i
+    if cnp.PyArray_TYPE(x) != typenum or not cnp.PyArray_ISNOTSWAPPED(x) or not cnp.PyArray_ISALIGNED(x):
+        return False
+    for i in range(cnp.PyArray_NDIM(x)):
+        if cnp.PyArray_STRIDE(x, i) % size:
+            return False
+    return True
+
+
+def plain(query, key, value, bint causal, scale, num_threads):
+    """Attention without options on arrays that plainly fit together; None when that is not sure."""
+    cdef int n, i, typenum
+    cdef cnp.ndarray q, k, v, out
+    cdef cnp.npy_intp shape[16]
+    cdef fastattn_problem p
+    if type(query) is not cnp.ndarray or type(key) is not cnp.ndarray or type(value) is not cnp.ndarray:
+        return None
+    q = query
+    k = key
+    v = value
+    n = cnp.PyArray_NDIM(q)
+    typenum = cnp.PyArray_TYPE(q)
+    if (n < 2 or n > 3 + FASTATTN_LEAD or cnp.PyArray_NDIM(k) != n or cnp.PyArray_NDIM(v) != n
+            or (typenum != cnp.NPY_FLOAT32 and typenum != cnp.NPY_FLOAT64)
+            or not simple(q, typenum) or not simple(k, typenum) or not simple(v, typenum)):
+        return None
+    memset(&p, 0, sizeof(p))
+    p.B = 1
+    p.n_lead = max(n - 3, 0)
+    for i in range(n):
+        shape[i] = cnp.PyArray_DIM(q, i)
+    for i in range(p.n_lead):
+        if cnp.PyArray_DIM(k, i) != shape[i] or cnp.PyArray_DIM(v, i) != shape[i]:
+            return None
+        p.lead[i] = shape[i]
+        p.B *= shape[i]
+    p.H = shape[n - 3] if n > 2 else 1
+    p.Hkv = cnp.PyArray_DIM(k, n - 3) if n > 2 else 1
+    p.L = shape[n - 2]
+    p.D = shape[n - 1]
+    p.S = cnp.PyArray_DIM(k, n - 2)
+    p.Dv = cnp.PyArray_DIM(v, n - 1)
+    if (p.Hkv == 0 or p.H % p.Hkv or cnp.PyArray_DIM(k, n - 1) != p.D or cnp.PyArray_DIM(v, n - 2) != p.S
+            or (n > 2 and cnp.PyArray_DIM(v, n - 3) != p.Hkv)):
+        return None
+    if scale is None:
+        p.scale = 1/(<double>p.D)**0.5 if p.D > 0 else 1.0
+    elif type(scale) is float and -1e30 < <double>scale < 1e30:
+        p.scale = scale
+    else:
+        return None
+    if num_threads is None:
+        i = 0
+    elif type(num_threads) is int and 1 <= num_threads < 1024:
+        i = num_threads
+    else:
+        return None
+    shape[n - 1] = p.Dv
+    out = empty(n, shape, typenum)
+    p.bits = 32 if typenum == cnp.NPY_FLOAT32 else 64
+    p.left = FASTATTN_UNBOUNDED
+    p.right = 0 if causal else FASTATTN_UNBOUNDED
+    p.offset = p.S - p.L
+    describe(&p.query, q, 3, p.n_lead)
+    describe(&p.key, k, 3, p.n_lead)
+    describe(&p.value, v, 3, p.n_lead)
+    describe(&p.out, out, 3, p.n_lead)
+    run(&p, i)
+    return out
+
+
+cdef const int64_t* integers(cnp.ndarray x) noexcept:
+    return NULL if x is None else <const int64_t*>cnp.PyArray_DATA(x)
+
+
+def forward(problem, num_threads=None):
+    """Fill problem.out and problem.lse (see checks.Problem)."""
+    cdef fastattn_problem p
+    cdef cnp.ndarray q = problem.query
+    cdef cnp.ndarray k = problem.key
+    cdef cnp.ndarray v = problem.value
+    cdef cnp.ndarray offsets = problem.query_offset
+    cdef cnp.ndarray q_lengths = problem.query_lengths
+    cdef cnp.ndarray kv_lengths = problem.kv_lengths
+    cdef cnp.ndarray sinks = problem.sinks
+    cdef int n = cnp.PyArray_NDIM(q)
+    cdef int i
+    memset(&p, 0, sizeof(p))
+    p.B = 1
+    p.n_lead = n - 3
+    for i in range(p.n_lead):
+        p.lead[i] = cnp.PyArray_DIM(q, i)
+        p.B *= p.lead[i]
+    p.H = cnp.PyArray_DIM(q, n - 3)
+    p.L = cnp.PyArray_DIM(q, n - 2)
+    p.D = cnp.PyArray_DIM(q, n - 1)
+    p.Hkv = cnp.PyArray_DIM(k, n - 3)
+    p.S = cnp.PyArray_DIM(k, n - 2)
+    p.Dv = cnp.PyArray_DIM(v, n - 1)
+    p.bits = 32 if cnp.PyArray_TYPE(q) == cnp.NPY_FLOAT32 else 64
+    p.left = problem.left
+    p.right = problem.right
+    p.scale = problem.scale
+    p.softcap = problem.softcap
+    p.query_offset = integers(offsets)
+    p.query_lengths = integers(q_lengths)
+    p.kv_lengths = integers(kv_lengths)
+    if sinks is not None:
+        p.sinks = cnp.PyArray_DATA(sinks)
+    describe(&p.query, q, 3, p.n_lead)
+    describe(&p.key, k, 3, p.n_lead)
+    describe(&p.value, v, 3, p.n_lead)
+    describe(&p.out, problem.out, 3, p.n_lead)
+    if problem.lse is not None:
+        describe(&p.lse, problem.lse, 2, p.n_lead)
+    if problem.bias is not None:
+        describe(&p.bias, problem.bias, 3, p.n_lead)
+    if problem.mask is not None:
+        describe(&p.mask, problem.mask, 3, p.n_lead)
+    run(&p, 0 if num_threads is None else num_threads)
+
+
+# --- what tests and the bench ask ------------------------------------------------------------------------------------
+
+def evaluate(str function, cnp.ndarray x):
+    """The bound kernel's "exp2" or "tanh" of a contiguous float32 or float64 array."""
+    cdef cnp.ndarray y = cnp.PyArray_NewCopy(x, cnp.NPY_CORDER)
+    cdef const fastattn_kernel* kernel = kernel_f32 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32 else kernel_f64
+    if function == "exp2":
+        kernel.exp2(cnp.PyArray_DATA(y), cnp.PyArray_DATA(y), cnp.PyArray_SIZE(y))
+    else:
+        kernel.tanh(cnp.PyArray_DATA(y), cnp.PyArray_DATA(y), cnp.PyArray_SIZE(y))
+    return y
+
+
+def scratch_bytes(int64_t D, int64_t Dv, int bits=32):
+    """Scratch a thread needs for unit-stride and for strided keys, in bytes."""
+    cdef fastattn_problem p
+    memset(&p, 0, sizeof(p))
+    p.D = D
+    p.Dv = Dv
+    p.key.col = 1
+    a = (kernel_f32 if bits == 32 else kernel_f64).scratch(&p)
+    p.key.col = 2
+    return a, (kernel_f32 if bits == 32 else kernel_f64).scratch(&p)
+
+
+cdef double time_peak(const fastattn_kernel* kernel, int64_t rounds, int n_threads) noexcept nogil:
+    cdef int i
+    cdef double flops = 0
+    cdef double start
+    cdef fastattn_place place
+    fastattn_caller(&place)
+    start = fastattn_clock()
+    with parallel(num_threads=n_threads):
+        fastattn_keep_off(&place)
+        for i in prange(n_threads, schedule="static", chunksize=1):
+            flops += kernel.peak(rounds)
+    return flops/(fastattn_clock() - start)*1e-9
+
+
+def measure_peak(str dtype="float32", int n_threads=1):
+    """GFLOP/s of FMAs that never leave the registers: the bound kernel's vectors, this moment's clock."""
+    cdef const fastattn_kernel* kernel = kernel_f32 if dtype == "float32" else kernel_f64
+    cdef double best
+    with nogil:
+        best = time_peak(kernel, 400000, n_threads)
+    return best

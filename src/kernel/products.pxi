@@ -1,0 +1,162 @@
+# The two register-tile products; everything else in the kernel prepares their operands or uses their results.
+#
+#     N:  C[i, lane]  = (C +) sum_k A[i, k] B[k, lane]                 rows of A contiguous in k    (scores: A = K, B = Qt)
+#     T:  C[i, lane]  = C[i, lane] c[lane] + sum_k A[k, i] B[k, lane]  rows of A contiguous in i    (output: A = V, B = Pt)
+#
+# A is read where it lies, a scalar at a time, as the broadcast operand of the FMA. Rows of B and C are LANES reals apart.
+#
+#            B: | nv vectors |            a tile holds mr x nv accumulators for the whole sum over k:
+#               |            | k          mr broadcasts and nv loads feed mr * nv FMAs, so the FMA units are the limit
+#     A: ┌────┐ ┌────────────┐
+#     mr │  k │ │  mr x nv   │ C          nv = 4: 6 x 4, 3: 8 x 3, 2: 12 x 2 (with 32 registers)
+#        └────┘ └────────────┘
+#
+# `mr` and `nv` are literals at every call: the loops over them must unroll completely, or acc leaves the registers.
+# The sum over k is one chain of FMAs for each element, whatever the tile: the bits of C do not depend on the tiling.
+
+cdef inline void store_tile(const int mr, const int nv, vf acc[12][4], real* C, bint add) noexcept nogil:
+    cdef int i, j
+    if add:
+        for i in range(mr):
+            for j in range(nv):
+                v_store(C + i*LANES + j*VL, v_add(v_load(C + i*LANES + j*VL), acc[i][j]))
+    else:
+        for i in range(mr):
+            for j in range(nv):
+                v_store(C + i*LANES + j*VL, acc[i][j])
+
+
+cdef inline void tile_n(const int mr, const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n,
+                        real* C, bint add) noexcept nogil:
+    cdef vf acc[12][4]
+    cdef vf b[4]
+    cdef vf a
+    cdef Py_ssize_t k
+    cdef int i, j
+    for i in range(mr):
+        for j in range(nv):
+            acc[i][j] = v_zero()
+    for k in range(n):
+        for j in range(nv):
+            b[j] = v_load(B + k*LANES + j*VL)
+        for i in range(mr):
+            a = v_set1(A[i*lda + k])
+            for j in range(nv):
+                acc[i][j] = v_fma(a, b[j], acc[i][j])
+    store_tile(mr, nv, acc, C, add)
+
+
+cdef inline void tile_t(const int mr, const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n,
+                        real* C, const real* c) noexcept nogil:
+    cdef vf acc[12][4]
+    cdef vf b[4]
+    cdef vf a
+    cdef Py_ssize_t k
+    cdef int i, j
+    for i in range(mr):
+        for j in range(nv):
+            acc[i][j] = v_zero()
+    for k in range(n):
+        for j in range(nv):
+            b[j] = v_load(B + k*LANES + j*VL)
+        for i in range(mr):
+            a = v_set1(A[k*lda + i])
+            for j in range(nv):
+                acc[i][j] = v_fma(a, b[j], acc[i][j])
+    # One rounding for rescaling the older sum and adding this block's: where the maximum did not grow c is 1 and exact.
+    for j in range(nv):
+        b[j] = v_load(c + j*VL)
+    for i in range(mr):
+        for j in range(nv):
+            v_store(C + i*LANES + j*VL, v_fma(v_load(C + i*LANES + j*VL), b[j], acc[i][j]))
+
+
+cdef inline int rows_of(const int nv) noexcept nogil:
+    return ROWS_1 if nv == 1 else ROWS_2 if nv == 2 else ROWS_3 if nv == 3 else ROWS_4
+
+
+cdef inline void columns_n(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
+                           Py_ssize_t m, bint add) noexcept nogil:
+    # C[m, nv*VL] = A[m, n] · B[n, nv*VL]: full tiles, then what is left in tiles of 6, 4, 2 and 1 rows.
+    while m >= rows_of(nv):
+        tile_n(rows_of(nv), nv, A, lda, B, n, C, add)
+        A += rows_of(nv)*lda
+        C += rows_of(nv)*LANES
+        m -= rows_of(nv)
+    if rows_of(nv) > 6 and m >= 6:
+        tile_n(6, nv, A, lda, B, n, C, add)
+        A += 6*lda
+        C += 6*LANES
+        m -= 6
+    if rows_of(nv) > 4 and m >= 4:
+        tile_n(4, nv, A, lda, B, n, C, add)
+        A += 4*lda
+        C += 4*LANES
+        m -= 4
+    if rows_of(nv) > 2 and m >= 2:
+        tile_n(2, nv, A, lda, B, n, C, add)
+        A += 2*lda
+        C += 2*LANES
+        m -= 2
+    if m >= 1:
+        tile_n(1, nv, A, lda, B, n, C, add)
+
+
+cdef inline void columns_t(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
+                           Py_ssize_t m, const real* c) noexcept nogil:
+    # C[m, nv*VL] = C c + A[n, m]ᵀ · B[n, nv*VL]
+    while m >= rows_of(nv):
+        tile_t(rows_of(nv), nv, A, lda, B, n, C, c)
+        A += rows_of(nv)
+        C += rows_of(nv)*LANES
+        m -= rows_of(nv)
+    if rows_of(nv) > 6 and m >= 6:
+        tile_t(6, nv, A, lda, B, n, C, c)
+        A += 6
+        C += 6*LANES
+        m -= 6
+    if rows_of(nv) > 4 and m >= 4:
+        tile_t(4, nv, A, lda, B, n, C, c)
+        A += 4
+        C += 4*LANES
+        m -= 4
+    if rows_of(nv) > 2 and m >= 2:
+        tile_t(2, nv, A, lda, B, n, C, c)
+        A += 2
+        C += 2*LANES
+        m -= 2
+    if m >= 1:
+        tile_t(1, nv, A, lda, B, n, C, c)
+
+
+cdef void product_n(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
+                    Py_ssize_t m, bint add) noexcept nogil:
+    # C[m, vectors*VL] = A[m, n] · B[n, vectors*VL], or += it
+    while vectors >= GROUP:
+        columns_n(GROUP, A, lda, B, n, C, m, add)
+        B += GROUP*VL
+        C += GROUP*VL
+        vectors -= GROUP
+    if GROUP > 3 and vectors == 3:
+        columns_n(3, A, lda, B, n, C, m, add)
+    elif GROUP > 2 and vectors == 2:
+        columns_n(2, A, lda, B, n, C, m, add)
+    elif vectors == 1:
+        columns_n(1, A, lda, B, n, C, m, add)
+
+
+cdef void product_t(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
+                    Py_ssize_t m, const real* c) noexcept nogil:
+    # C[m, vectors*VL] = C c + A[n, m]ᵀ · B[n, vectors*VL]
+    while vectors >= GROUP:
+        columns_t(GROUP, A, lda, B, n, C, m, c)
+        B += GROUP*VL
+        C += GROUP*VL
+        c += GROUP*VL
+        vectors -= GROUP
+    if GROUP > 3 and vectors == 3:
+        columns_t(3, A, lda, B, n, C, m, c)
+    elif GROUP > 2 and vectors == 2:
+        columns_t(2, A, lda, B, n, C, m, c)
+    elif vectors == 1:
+        columns_t(1, A, lda, B, n, C, m, c)

@@ -1,0 +1,46 @@
+# The vocabulary of simd.h for Cython. `vf` is declared as a scalar so that arrays of it can be written; every use goes
+# through the functions below.
+
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t
+
+cdef extern from "<math.h>" nogil:
+    double log(double)
+    const double INFINITY
+    const double NAN
+
+cdef extern from "simd.h" nogil:
+    ctypedef float real
+    ctypedef float vf
+    ctypedef struct v_square:
+        vf row[2]               # VL of them
+    enum:
+        VL
+        LANES
+        BLOCK_VECTORS
+        GROUP
+        ROWS_1
+        ROWS_2
+        ROWS_3
+        ROWS_4
+    const real REAL_MAX
+    vf v_load(const real*)
+    void v_store(real*, vf)
+    vf v_set1(real)
+    vf v_zero()
+    vf v_add(vf, vf)
+    vf v_sub(vf, vf)
+    vf v_mul(vf, vf)
+    vf v_fma(vf, vf, vf)
+    vf v_fms(vf, vf, vf)
+    vf v_max(vf, vf)
+    vf v_where_lt(vf, vf, vf, vf)
+    bint v_any_nan(vf)
+    bint v_any_above(vf, real)
+    vf v_load_part(const real*, Py_ssize_t)
+    void v_store_part(real*, vf, Py_ssize_t)
+    vf v_gather(const real*, Py_ssize_t, Py_ssize_t)
+    void v_scatter(real*, Py_ssize_t, vf, Py_ssize_t)
+    vf v_load_bytes(const uint8_t*, Py_ssize_t, Py_ssize_t)
+    void v_transpose(v_square*)
+    vf v_exp2(vf)
+    vf v_tanh(vf)

@@ -1,0 +1,194 @@
+# One block of keys through the online softmax (Milakov & Gimelshein 2018), on tiles whose lanes are queries:
+#
+#     m' = m, or the block's maximum where that is larger than m by more than HEADROOM
+#     P_j = 2^(S_j κ - m')      c = 2^(m - m')      l' = l c + sum_j P_j
+#
+# κ = scale · log2 e turns the exponential into 2^x; m is kept in that unit. S_j κ - m' is one FMA, so the scale adds no
+# rounding where logits are large. Maximum, exponential and sum are vertical: no lane ever meets another.
+#
+# m is a reference, not the maximum: weights up to 2^HEADROOM lose nothing, and m then rarely moves after the first block.
+# That allows `fused_step`, which weighs a tile of scores while the next one is multiplied: the exponential's latency and its
+# additions disappear behind the FMAs. It must be told that m is finite in every lane, and reports a maximum that outgrew m;
+# `softmax_step` is the general form. Both give the same bits.
+#
+# l is summed in CHAINS interleaved chains by the key's place in its block, then by a tree: a single chain of 96 would be the
+# largest error of short sequences, and a grouping by tile would make bits depend on the tiling.
+#
+# Guards: a lane that has seen no key yet has m = -inf, and -inf - (-inf) would be NaN: it subtracts 0 instead.
+# v_max drops a NaN score; the exponential keeps it, so P, l and the output become NaN as IEEE says.
+
+cdef inline void weigh(const int nv, real* S, Py_ssize_t first, Py_ssize_t n, real kappa, const real* m,
+                       real* total) noexcept nogil:
+    # P = 2^(S κ - m) in place for rows [first, first + n) of a block, and their sums.
+    cdef vf base[4]
+    cdef vf k = v_set1(kappa)
+    cdef vf x
+    cdef real* chain
+    cdef Py_ssize_t j
+    cdef int g
+    for g in range(nv):
+        base[g] = v_load(m + g*VL)
+    for j in range(first, first + n):
+        chain = total + j % CHAINS*LANES
+        for g in range(nv):
+            x = v_exp2(v_fms(v_load(S + g*VL), k, base[g]))
+            v_store(S + g*VL, x)
+            v_store(chain + g*VL, v_add(v_load(chain + g*VL), x))
+        S += LANES
+
+
+# Not inlined, so that a product tile around the call keeps all registers.
+cdef void weigh_rows(int nv, real* S, Py_ssize_t first, Py_ssize_t n, real kappa, const real* m, real* total) noexcept nogil:
+    if nv == 4:
+        weigh(4, S, first, n, kappa, m, total)
+    elif nv == 3:
+        weigh(3, S, first, n, kappa, m, total)
+    elif nv == 2:
+        weigh(2, S, first, n, kappa, m, total)
+    else:
+        weigh(1, S, first, n, kappa, m, total)
+
+
+cdef inline void clear_chains(const int nv, real* total) noexcept nogil:
+    cdef int g, j
+    for j in range(CHAINS):
+        for g in range(nv):
+            v_store(total + j*LANES + g*VL, v_zero())
+
+
+cdef inline vf sum_chains(const real* total) noexcept nogil:
+    # a tree over the eight chains of one vector
+    cdef vf s[CHAINS]
+    cdef int j
+    for j in range(CHAINS):
+        s[j] = v_load(total + j*LANES)
+    return v_add(v_add(v_add(s[0], s[4]), v_add(s[2], s[6])), v_add(v_add(s[1], s[5]), v_add(s[3], s[7])))
+
+
+cdef inline void tile_n_weighing(const int mr, const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n,
+                                 real* C, bint add, real* W, Py_ssize_t first, real kappa, const real* m,
+                                 real* total) noexcept nogil:
+    # tile_n, and between its steps over k rows [first, first + mr) of the block, at W, become weights.
+    # mr * nv accumulators stay in registers: what the exponential needs besides is read from memory each time.
+    cdef vf acc[12][4]
+    cdef vf b[4]
+    cdef vf a, x
+    cdef Py_ssize_t k = 0
+    cdef Py_ssize_t stop
+    cdef int i, j, r
+    cdef real* chain
+    for i in range(mr):
+        for j in range(nv):
+            acc[i][j] = v_zero()
+    for r in range(mr):
+        chain = total + (first + r) % CHAINS*LANES
+        for j in range(nv):
+            x = v_exp2(v_fms(v_load(W + r*LANES + j*VL), v_set1(kappa), v_load(m + j*VL)))
+            v_store(W + r*LANES + j*VL, x)
+            v_store(chain + j*VL, v_add(v_load(chain + j*VL), x))
+        stop = n*(r + 1)//mr
+        while k < stop:
+            for j in range(nv):
+                b[j] = v_load(B + k*LANES + j*VL)
+            for i in range(mr):
+                a = v_set1(A[i*lda + k])
+                for j in range(nv):
+                    acc[i][j] = v_fma(a, b[j], acc[i][j])
+            k += 1
+    store_tile(mr, nv, acc, C, add)
+
+
+cdef inline bint fused_columns(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* S,
+                               bint add, Py_ssize_t first, Py_ssize_t n_keys, real kappa, const real* m, real* l) noexcept nogil:
+    # Rows [first, first + n_keys) of the block: S = 2^((S +) A B κ - m), l += its column sums.
+    # Returns whether a sum, so perhaps a weight, went past 2^HEADROOM.
+    cdef real total[CHAINS*LANES]
+    cdef vf above = v_zero()
+    cdef vf s
+    cdef real* waiting = S
+    cdef Py_ssize_t left = n_keys
+    cdef int g
+    clear_chains(nv, total)
+    if left >= rows_of(nv):
+        tile_n(rows_of(nv), nv, A, lda, B, n, S, add)
+        A += rows_of(nv)*lda
+        S += rows_of(nv)*LANES
+        left -= rows_of(nv)
+    while left >= rows_of(nv):
+        tile_n_weighing(rows_of(nv), nv, A, lda, B, n, S, add, waiting, first, kappa, m, total)
+        waiting = S
+        first += rows_of(nv)
+        A += rows_of(nv)*lda
+        S += rows_of(nv)*LANES
+        left -= rows_of(nv)
+    columns_n(nv, A, lda, B, n, S, left, add)
+    weigh_rows(nv, waiting, first, (S - waiting)//LANES + left, kappa, m, total)
+    for g in range(nv):
+        s = sum_chains(total + g*VL)
+        v_store(l + g*VL, v_add(v_load(l + g*VL), s))
+        above = v_max(s, above)
+    return v_any_above(above, 1 << HEADROOM)
+
+
+cdef bint fused_step(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* S, bint add,
+                     Py_ssize_t first, Py_ssize_t n_keys, real kappa, const real* m, real* l) noexcept nogil:
+    cdef bint over = False
+    while vectors >= GROUP:
+        over |= fused_columns(GROUP, A, lda, B, n, S, add, first, n_keys, kappa, m, l)
+        B += GROUP*VL
+        S += GROUP*VL
+        m += GROUP*VL
+        l += GROUP*VL
+        vectors -= GROUP
+    if GROUP > 3 and vectors == 3:
+        over |= fused_columns(3, A, lda, B, n, S, add, first, n_keys, kappa, m, l)
+    elif GROUP > 2 and vectors == 2:
+        over |= fused_columns(2, A, lda, B, n, S, add, first, n_keys, kappa, m, l)
+    elif vectors == 1:
+        over |= fused_columns(1, A, lda, B, n, S, add, first, n_keys, kappa, m, l)
+    return over
+
+
+cdef inline void softmax_columns(const int nv, real* S, Py_ssize_t first, Py_ssize_t n, real kappa, real* m, real* l,
+                                 real* c) noexcept nogil:
+    cdef vf top[4]
+    cdef real total[CHAINS*LANES]
+    cdef real base[LANES]
+    cdef vf old, new
+    cdef Py_ssize_t j
+    cdef int g
+    for g in range(nv):
+        top[g] = v_set1(-INFINITY)
+    for j in range(n):
+        for g in range(nv):
+            top[g] = v_max(v_load(S + j*LANES + g*VL), top[g])
+    for g in range(nv):
+        old = v_load(m + g*VL)
+        new = v_mul(top[g], v_set1(kappa))
+        new = v_where_lt(v_add(old, v_set1(HEADROOM)), new, new, old)
+        v_store(m + g*VL, new)
+        new = v_where_lt(new, v_set1(-REAL_MAX), v_zero(), new)
+        v_store(base + g*VL, new)
+        v_store(c + g*VL, v_exp2(v_sub(old, new)))
+    clear_chains(nv, total)
+    weigh_rows(nv, S, first, n, kappa, base, total)
+    for g in range(nv):
+        v_store(l + g*VL, v_fma(v_load(l + g*VL), v_load(c + g*VL), sum_chains(total + g*VL)))
+
+
+cdef void softmax_step(int vectors, real* S, Py_ssize_t first, Py_ssize_t n, real kappa, real* m, real* l,
+                       real* c) noexcept nogil:
+    # Rows [first, first + n) of the block, at S.
+    while vectors >= 4:
+        softmax_columns(4, S, first, n, kappa, m, l, c)
+        S += 4*VL
+        m += 4*VL
+        l += 4*VL
+        c += 4*VL
+        vectors -= 4
+    if vectors == 3:
+        softmax_columns(3, S, first, n, kappa, m, l, c)
+    elif vectors == 2:
+        softmax_columns(2, S, first, n, kappa, m, l, c)
+    elif vectors == 1:
+        softmax_columns(1, S, first, n, kappa, m, l, c)

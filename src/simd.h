@@ -1,0 +1,308 @@
+/* The vector vocabulary: one set of operations, whatever the instruction set and the precision.
+ *
+ * A build of the kernel chooses with two macros, and this file is the only place that looks at them:
+ *     FASTATTN_BITS   32 or 64, the precision of `real`
+ *     FASTATTN_VECTOR 64, 32 or 16, bytes of a vector; meson.build passes it beside the flags of the instruction set
+ * `vf` is a vector of VL reals. Everything is written with the vector extensions of GCC and Clang; intrinsics appear
+ * where the generic form compiles to something slower (each is marked with the reason).
+ *
+ * Built with -ffp-contract=fast (a*b+c is one rounding where the machine has FMA) and never with -ffast-math:
+ * infinities and NaN carry meaning here.
+ */
+#ifndef FASTATTN_SIMD_H
+#define FASTATTN_SIMD_H
+
+#include <float.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define V_INLINE static inline __attribute__((always_inline))
+
+#ifndef FASTATTN_VECTOR
+#define FASTATTN_VECTOR 16
+#endif
+#if FASTATTN_VECTOR == 64 && !(defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__))
+#error "64-byte vectors need AVX-512 F, DQ, BW and VL: meson.build passed the wrong flags"
+#endif
+#if FASTATTN_VECTOR == 32 && !(defined(__AVX2__) && defined(__FMA__))
+#error "32-byte vectors need AVX2 and FMA: meson.build passed the wrong flags"
+#endif
+#if FASTATTN_VECTOR >= 32
+#include <immintrin.h>
+#endif
+
+#if FASTATTN_BITS == 32
+typedef float real;
+typedef int32_t real_int;
+#define REAL_MAX FLT_MAX
+#define V_MANTISSA 23
+#define V_EXP_BIAS 127
+#define V_EXP2_FLOOR -151.0f        /* 2^-151 rounds to zero, 2^-150 is the tie that does */
+#define V_EXP2_LIFT 64              /* lifts every n in [-151, 63] into the normal exponents */
+#define V_MAGIC 12582912.0f         /* 1.5 * 2^23: adding it rounds to an integer held in the low bits */
+#elif FASTATTN_BITS == 64
+typedef double real;
+typedef int64_t real_int;
+#define REAL_MAX DBL_MAX
+#define V_MANTISSA 52
+#define V_EXP_BIAS 1023
+#define V_EXP2_FLOOR -1076.0
+#define V_EXP2_LIFT 512
+#define V_MAGIC 6755399441055744.0  /* 1.5 * 2^52 */
+#else
+#error "FASTATTN_BITS must be 32 or 64"
+#endif
+
+typedef real vf __attribute__((vector_size(FASTATTN_VECTOR), may_alias));
+typedef real_int vi __attribute__((vector_size(FASTATTN_VECTOR), may_alias));
+typedef struct { vf row[FASTATTN_VECTOR / sizeof(real)]; } v_square;  /* VL x VL values */
+
+/* Sizes that follow from the registers. A product tile holds rows x vectors accumulators; 24 of 32 registers (12 of 16)
+ * leave room for the vectors of B and a broadcast, and are more than latency x ports (4 x 2) needs. */
+enum {
+    VL = FASTATTN_VECTOR / sizeof(real),
+    LANES = FASTATTN_BITS == 32 ? 64 : 32,      /* queries of a block: one tile row is 256 bytes in either precision */
+    BLOCK_VECTORS = LANES / VL,
+#if FASTATTN_VECTOR == 64 || defined(__aarch64__)
+    GROUP = BLOCK_VECTORS < 4 ? BLOCK_VECTORS : 4,  /* vectors a product takes at once */
+    ROWS_1 = 12, ROWS_2 = 12, ROWS_3 = 8, ROWS_4 = 6,
+#else
+    GROUP = 2,
+    ROWS_1 = 12, ROWS_2 = 6, ROWS_3 = 4, ROWS_4 = 2,
+#endif
+};
+
+V_INLINE vf v_load(const real *p) { vf r; memcpy(&r, p, sizeof r); return r; }
+V_INLINE void v_store(real *p, vf a) { memcpy(p, &a, sizeof a); }
+V_INLINE vf v_set1(real x) { return x - (vf){0}; }
+V_INLINE vf v_zero(void) { return (vf){0}; }
+V_INLINE vf v_add(vf a, vf b) { return a + b; }
+V_INLINE vf v_sub(vf a, vf b) { return a - b; }
+V_INLINE vf v_mul(vf a, vf b) { return a * b; }
+V_INLINE vf v_div(vf a, vf b) { return a / b; }
+V_INLINE vf v_fma(vf a, vf b, vf c) { return a * b + c; }
+V_INLINE vf v_fms(vf a, vf b, vf c) { return a * b - c; }
+
+/* a < b ? x : y, lane by lane; false where a or b is NaN. */
+V_INLINE vf v_where_lt(vf a, vf b, vf x, vf y) {
+#if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32     /* the generic form expands the mask register to a vector */
+    return (vf)_mm512_mask_blend_ps(_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ), (__m512)y, (__m512)x);
+#elif FASTATTN_VECTOR == 64
+    return (vf)_mm512_mask_blend_pd(_mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LT_OQ), (__m512d)y, (__m512d)x);
+#else
+    vi m = (vi)(a < b);
+    return (vf)(((vi)x & m) | ((vi)y & ~m));
+#endif
+}
+
+/* a > b ? a : b: b where either is NaN, so the second argument is the one whose NaN survives. */
+V_INLINE vf v_max(vf a, vf b) {
+#if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32     /* one instruction, which the generic form is not matched to */
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif FASTATTN_VECTOR == 64
+    return (vf)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif FASTATTN_VECTOR == 32 && FASTATTN_BITS == 32
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif FASTATTN_VECTOR == 32
+    return (vf)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+    return v_where_lt(b, a, a, b);
+#endif
+}
+
+/* Is any lane NaN? */
+V_INLINE int v_any_nan(vf a) {
+#if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_UNORD_Q) != 0;
+#elif FASTATTN_VECTOR == 64
+    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)a, _CMP_UNORD_Q) != 0;
+#else
+    real x[VL];
+    int any = 0;
+    v_store(x, a);
+    for (int i = 0; i < VL; i++) any |= x[i] != x[i];
+    return any;
+#endif
+}
+
+/* Is any lane larger than limit? NaN is not. */
+V_INLINE int v_any_above(vf a, real limit) {
+#if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32
+    return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+#elif FASTATTN_VECTOR == 64
+    return _mm512_cmp_pd_mask((__m512d)a, _mm512_set1_pd(limit), _CMP_GT_OQ) != 0;
+#else
+    real x[VL];
+    int any = 0;
+    v_store(x, a);
+    for (int i = 0; i < VL; i++) any |= x[i] > limit;
+    return any;
+#endif
+}
+
+/* The first n <= VL values, zeros behind them; nothing past p + n is read or written. */
+V_INLINE vf v_load_part(const real *p, ptrdiff_t n) {
+    vf r = {0};
+    if (n >= VL) return v_load(p);
+#if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32
+    r = (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1u), p);
+#elif FASTATTN_VECTOR == 64
+    r = (vf)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1u), p);
+#else
+    real x[VL] = {0};
+    for (ptrdiff_t i = 0; i < n; i++) x[i] = p[i];
+    r = v_load(x);
+#endif
+    return r;
+}
+
+V_INLINE void v_store_part(real *p, vf a, ptrdiff_t n) {
+    if (n >= VL) { v_store(p, a); return; }
+#if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1u), (__m512)a);
+#elif FASTATTN_VECTOR == 64
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1u), (__m512d)a);
+#else
+    real x[VL];
+    v_store(x, a);
+    for (ptrdiff_t i = 0; i < n; i++) p[i] = x[i];
+#endif
+}
+
+/* n <= VL values that lie `stride` reals apart. */
+V_INLINE vf v_gather(const real *p, ptrdiff_t stride, ptrdiff_t n) {
+    real x[VL] = {0};
+    for (ptrdiff_t i = 0; i < n && i < VL; i++) x[i] = p[i * stride];
+    return v_load(x);
+}
+
+V_INLINE void v_scatter(real *p, ptrdiff_t stride, vf a, ptrdiff_t n) {
+    real x[VL];
+    v_store(x, a);
+    for (ptrdiff_t i = 0; i < n && i < VL; i++) p[i * stride] = x[i];
+}
+
+/* n <= VL bytes `stride` apart, as numbers. */
+V_INLINE vf v_load_bytes(const uint8_t *p, ptrdiff_t stride, ptrdiff_t n) {
+#if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32     /* GCC builds the generic form from 16 scalar conversions */
+    if (stride == 1)
+        return (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
+            n >= VL ? _mm_loadu_si128((const __m128i *)p) : _mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1u), p)));
+#endif
+    real x[VL] = {0};
+    for (ptrdiff_t i = 0; i < n && i < VL; i++) x[i] = p[i * stride];
+    return v_load(x);
+}
+
+/* Transpose: log2(VL) rounds of interleaving row i with row i + VL/2 carry every bit of the row number into the lane
+ * number. A round is VL shuffles of two sources, no matter how wide the vector is. */
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
+#define V_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define V_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+V_INLINE vf v_zip_low(vf a, vf b) {
+#if FASTATTN_VECTOR / (FASTATTN_BITS / 8) == 16
+    return V_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif FASTATTN_VECTOR / (FASTATTN_BITS / 8) == 8
+    return V_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#elif FASTATTN_VECTOR / (FASTATTN_BITS / 8) == 4
+    return V_SHUFFLE(a, b, 0, 4, 1, 5);
+#else
+    return V_SHUFFLE(a, b, 0, 2);
+#endif
+}
+V_INLINE vf v_zip_high(vf a, vf b) {
+#if FASTATTN_VECTOR / (FASTATTN_BITS / 8) == 16
+    return V_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif FASTATTN_VECTOR / (FASTATTN_BITS / 8) == 8
+    return V_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#elif FASTATTN_VECTOR / (FASTATTN_BITS / 8) == 4
+    return V_SHUFFLE(a, b, 2, 6, 3, 7);
+#else
+    return V_SHUFFLE(a, b, 1, 3);
+#endif
+}
+V_INLINE void v_transpose(v_square *t) {
+    for (int width = 1; width < VL; width *= 2) {
+        v_square u;
+        for (int i = 0; i < VL / 2; i++) {
+            u.row[2 * i] = v_zip_low(t->row[i], t->row[i + VL / 2]);
+            u.row[2 * i + 1] = v_zip_high(t->row[i], t->row[i + VL / 2]);
+        }
+        *t = u;
+    }
+}
+
+/* q(f) of 2^f = 1 + f q(f) on [-1/2, 1/2]: interpolation in Chebyshev nodes, computed with 50 digits.
+ * Relative error of the polynomial 5e-9 (float32, 0.08 ulp) and 8e-18 (float64, 0.08 ulp). */
+V_INLINE vf v_exp2_fraction(vf f) {
+#if FASTATTN_BITS == 32
+    vf q = v_set1(0.00015453162945120690f);
+    q = q * f + v_set1(0.0013390863364671234f);
+    q = q * f + v_set1(0.0096180825572778515f);
+    q = q * f + v_set1(0.055503571142190778f);
+    q = q * f + v_set1(0.24022650760568127f);
+    q = q * f + v_set1(0.69314718802622879f);
+#else
+    vf q = v_set1(4.4549605981865183938e-10);
+    q = q * f + v_set1(7.0725859492692236999e-9);
+    q = q * f + v_set1(1.0178062445845773521e-7);
+    q = q * f + v_set1(1.3215442587921689653e-6);
+    q = q * f + v_set1(0.000015252733829836118394);
+    q = q * f + v_set1(0.00015403530441736050155);
+    q = q * f + v_set1(0.001333355814641693531);
+    q = q * f + v_set1(0.0096181291076068885273);
+    q = q * f + v_set1(0.055504108664821594339);
+    q = q * f + v_set1(0.2402265069591009822);
+    q = q * f + v_set1(0.69314718055994530942);
+#endif
+    return q;
+}
+
+/* 2^x for x <= 63: at most 1 ulp, denormal results kept, 2^-inf = +0, NaN kept. 2^0 is exactly 1. */
+V_INLINE vf v_exp2(vf x) {
+#if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32
+    /* The FMA units are what the products wait for: 16 powers in a register take two FMAs off them, 5 remain of 7.
+     * x = n + f, n a multiple of 1/16 and |f| <= 1/32; 2^x = 2^floor(n) T (1 + f q(f)), T = 2^(n - floor(n)).
+     * Error: T 0.452 ulp (the worst of the 16), rounding 0.5, polynomial 0.02. vreduce(-inf) = 0, vscalef(T, -inf) = 0. */
+    const vf table = {1.0f, 1.044273734f, 1.090507746f, 1.138788581f, 1.189207077f, 1.241857767f, 1.296839595f, 1.354255557f,
+                      1.414213538f, 1.476826191f, 1.542210817f, 1.610490322f, 1.681792855f, 1.75625217f, 1.834008098f, 1.915206552f};
+    vf f = (vf)_mm512_reduce_ps((__m512)x, 4 << 4);
+    vf n = x - f;
+    vf t = (vf)_mm512_permutexvar_ps((__m512i)(n + v_set1(V_MAGIC / 16)), (__m512)table);
+    vf q = v_set1(0.05550508525196962683f) * f + v_set1(0.24023355156988720906f);
+    q = q * f + v_set1(0.69314718055994530942f);
+    return (vf)_mm512_scalef_ps((__m512)(t * (f * q) + t), (__m512)n);
+#elif FASTATTN_VECTOR == 64
+    vf f = (vf)_mm512_reduce_pd((__m512d)x, 0);
+    return (vf)_mm512_scalef_pd((__m512d)(v_exp2_fraction(f) * f + v_set1(1)), (__m512d)(x - f));
+#else
+    x = v_max(v_set1(V_EXP2_FLOOR), x);
+    vf t = x + v_set1(V_MAGIC);
+    vf f = x - (t - v_set1(V_MAGIC));
+    /* 2^n in two factors, both normal: their product may be denormal and is rounded once. */
+    vi n = (vi)t - (vi)v_set1(V_MAGIC) + (V_EXP_BIAS + V_EXP2_LIFT);
+    vf lifted = (v_exp2_fraction(f) * f + v_set1(1)) * (vf)(n << V_MANTISSA);
+    return lifted * v_set1(FASTATTN_BITS == 32 ? 0x1p-64 : 0x1p-512);
+#endif
+}
+
+/* tanh(x) = e / (e + 2), e = exp(2x) - 1 = 2^n (2^f - 1) + (2^n - 1): no cancellation near zero. At most 2 ulp. */
+V_INLINE vf v_tanh(vf x) {
+    const real limit = FASTATTN_BITS == 32 ? 10 : 20;       /* tanh is 1 to the last bit from 9.02 and 19.07 on */
+    const real two_log2e = 2.8853900817779268147;
+    x = v_where_lt(v_set1(limit), x, v_set1(limit), v_where_lt(x, v_set1(-limit), v_set1(-limit), x));
+    vf y = x * v_set1(two_log2e);
+    vf t = y + v_set1(V_MAGIC);
+    vf n = t - v_set1(V_MAGIC);
+    /* y - n, with the rounding of y given back: for |n| > 0 it would cost up to |y| ulp of e. */
+    vf f = (y - n) + (x * v_set1(two_log2e) - y);
+    vf scale = (vf)(((vi)t - (vi)v_set1(V_MAGIC) + V_EXP_BIAS) << V_MANTISSA);
+    vf e = scale * (v_exp2_fraction(f) * f) + (scale - v_set1(1));
+    return e / (e + v_set1(2));
+}
+
+#endif

@@ -1,0 +1,109 @@
+"""Inputs, the a-priori error bound, THE table of tolerances, and the comparator that every test goes through."""
+
+import copy
+from typing import NamedTuple
+
+import numpy as np
+
+import fastattn as fa
+from fastattn import checks, reference
+
+# --- tolerances: nothing here is tuned; a test that fails shows an error in the code or in the analysis ---
+
+UNIT_ROUNDOFF = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float64): 2.0**-53}
+EXACT_IN = {np.dtype(np.float32): np.float64, np.dtype(np.float64): np.longdouble}  # arithmetic that counts as exact
+EXP_ULP = 1  # E: largest error of exp
+KEY_BLOCK = 96  # keys summed from zero before they join the running sum
+FLOAT64_STANDARD = 5e-16  # float64 on the standard shapes: error relative to sum p|v|
+
+
+def inputs(rng, lead, H, Hkv, L, S, D, Dv, dtype=np.float32):
+    """Standard normal query (*lead, H, L, D), key (*lead, Hkv, S, D) and value (*lead, Hkv, S, Dv)."""
+    shapes = (*lead, H, L, D), (*lead, Hkv, S, D), (*lead, Hkv, S, Dv)
+    return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
+
+
+class Bound(NamedTuple):
+    """For each element of out, in the caller's shape, and of lse: how far it may be from exact; and sum_k p_k |v_k|."""
+
+    out: np.ndarray
+    lse: np.ndarray
+    magnitude: np.ndarray
+
+
+def exact(query, key, value, **options):
+    """(out, lse) by the reference in wider arithmetic, not rounded to query's dtype."""
+    problem = copy.copy(checks.problem(query, key, value, **options))
+    wide = EXACT_IN[problem.query.dtype]
+    problem.out = np.full(problem.out.shape, np.nan, wide)
+    problem.lse = np.full(problem.out.shape[:-1], np.nan, wide)
+    reference.forward(problem, wide)
+    return problem.out.reshape(problem.shape), problem.lse.reshape(problem.shape[:-1])
+
+
+def bound(query, key, value, **options):
+    """The a-priori `Bound` of these arguments computed in query's dtype, of unit roundoff u:
+
+        |out - exact| <= sum_k p_k |v_k| (2 max_k delta_k + (2 E + 2 + c) u)
+        |lse - exact| <= max_k delta_k + (2 E + 2 + c) u + 4 u (|m| + |log l|)
+        delta_k = gamma_{D+2} (|scale| sum |q||k| + |bias|) + 4 u |softcapped score| + u |s_k - m|
+
+    over the visible keys and the sink. delta_k is the error of s_k - m: of the dot product, the scale and the sum with
+    the bias; of the few operations of the softcap, whose derivative is at most 1; of the subtraction. c is the depth of
+    the sum: a block of keys, then a term for each block. Denormal weights and products have an absolute error.
+    """
+    problem = checks.problem(query, key, value, **options)
+    u = UNIT_ROUNDOFF[problem.query.dtype]
+    denormal = float(np.finfo(problem.query.dtype).smallest_subnormal)
+    S, D = problem.key.shape[-2:]
+    gamma = (D + 2) * u / (1 - (D + 2) * u)
+    sums = (2 * EXP_ULP + 2 + KEY_BLOCK + -(-S // KEY_BLOCK)) * u
+
+    magnitude = np.empty(problem.out.shape)
+    out, lse = np.empty(magnitude.shape), np.empty(magnitude.shape[:-1])
+    with np.errstate(all="ignore"):
+        for batch, head, kv_head in reference.heads(problem):
+            scores, visible = reference.logits(problem, batch, head, kv_head, np.float64)
+            sink = reference.sink(problem, head, np.float64)
+            weights, m, total = reference.softmax(scores, visible, sink)
+            q, k = abs(problem.query[head].astype(np.float64)), abs(problem.key[kv_head].astype(np.float64))
+            v = abs(problem.value[kv_head].astype(np.float64))
+            bias = 0 if problem.bias is None else problem.bias[head].astype(np.float64)
+
+            products = abs(problem.scale) * (q @ k.T)
+            if problem.softcap:
+                products[np.isinf(products)] = 0  # a score of exactly +-softcap
+            delta = gamma * (products + abs(bias)) + u * abs(scores - m[:, None])
+            if problem.softcap:
+                delta += 4 * u * abs(scores - bias)
+            # A logit of -inf weighs exactly 0.
+            worst = delta.max(axis=1, initial=0, where=visible & (scores != -np.inf))
+            if sink is not None and sink != -np.inf:
+                worst = np.maximum(worst, u * abs(sink - m))
+            magnitude[head] = reference.weighted_sum(weights, visible, v)
+            tiny = denormal * (reference.weighted_sum(visible.astype(float), visible, v) + visible.sum(axis=1)[:, None])
+            out[head] = magnitude[head] * (2 * worst + sums)[:, None] + tiny
+            lse[head] = worst + sums + 4 * u * (abs(m) + abs(np.log(total)))
+    shape = problem.shape
+    return Bound(out.reshape(shape), lse.reshape(shape[:-1]), magnitude.reshape(shape))
+
+
+def assert_close(actual, exact, bound, context):
+    """Fail unless |actual - exact| <= bound everywhere, NaN is where NaN is due, and Inf where that Inf is.
+
+    `context` (a mapping: the case, its seed, ...) is printed with the ISA and the worst element.
+    """
+    context = {"isa": fa.isa(), **context}
+    where = ", ".join(f"{name}={value}" for name, value in context.items())
+    actual, exact = np.asarray(actual), np.asarray(exact)
+    assert actual.shape == exact.shape, f"{where}: shape {actual.shape}, exact {exact.shape}"
+    bound = np.broadcast_to(bound, exact.shape)
+    with np.errstate(all="ignore"):
+        error = abs(actual - exact)
+        same = (actual == exact) | (np.isnan(actual) & np.isnan(exact))
+        ratio = np.where(same, 0, np.where(np.isfinite(error) & np.isfinite(bound), error / bound, np.inf))
+    if not (ratio <= 1).all():
+        worst = tuple(int(i) for i in np.unravel_index(ratio.argmax(), ratio.shape))
+        raise AssertionError(
+            f"{where}: {int((ratio > 1).sum())} of {ratio.size} elements are wrong; worst at {worst}: "
+            f"actual {actual[worst]}, exact {exact[worst]}, bound {bound[worst]:.3g}, error/bound {ratio[worst]:.3g}")
