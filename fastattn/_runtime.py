@@ -47,13 +47,8 @@ def _brief_spinning():
 def _load_dispatch():
     if _build is None:
         return None
-    try:
-        with _brief_spinning():
-            from . import _dispatch
-    except ImportError as error:
-        if getattr(error, "name", None) == f"{__package__}._dispatch":
-            return None
-        raise
+    with _brief_spinning():
+        from . import _dispatch
     return _dispatch
 
 
