@@ -295,6 +295,8 @@ def plain(query, key, value, bint causal, scale, num_threads):
         i = num_threads
     else:
         return None
+    if <double>p.B*p.H*p.L*p.Dv > 2.0**36:     # memory for the result is in doubt, and so is its size in an int64
+        return None
     shape[n - 1] = p.Dv
     out = empty(n, shape, typenum)
     p.bits = 32 if typenum == cnp.NPY_FLOAT32 else 64
@@ -309,11 +311,11 @@ def plain(query, key, value, bint causal, scale, num_threads):
     return out
 
 
-cdef const int64_t* integers(cnp.ndarray x) noexcept:
-    return NULL if x is None else <const int64_t*>cnp.PyArray_DATA(x)
+cdef int64_t* integers(cnp.ndarray x) noexcept:
+    return NULL if x is None else <int64_t*>cnp.PyArray_DATA(x)
 
 
-def forward(problem, num_threads=None):
+def forward(problem):
     """Fill problem.out and problem.lse (see checks.Problem)."""
     cdef fastattn_problem p
     cdef cnp.ndarray q = problem.query
@@ -357,7 +359,7 @@ def forward(problem, num_threads=None):
         describe(&p.bias, problem.bias, 3, p.n_lead)
     if problem.mask is not None:
         describe(&p.mask, problem.mask, 3, p.n_lead)
-    run(&p, 0 if num_threads is None else num_threads)
+    run(&p, 0 if problem.num_threads is None else problem.num_threads)
 
 
 # --- what tests and the bench ask ------------------------------------------------------------------------------------

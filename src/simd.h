@@ -74,6 +74,14 @@ enum {
 #endif
 };
 
+/* Ask for n reals from p, to be read soon (first level of the cache) or later (second); any address is allowed. */
+V_INLINE void v_fetch_soon(const real *p, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += 64 / (ptrdiff_t)sizeof(real)) __builtin_prefetch(p + i, 0, 3);
+}
+V_INLINE void v_fetch_later(const real *p, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += 64 / (ptrdiff_t)sizeof(real)) __builtin_prefetch(p + i, 0, 2);
+}
+
 V_INLINE vf v_load(const real *p) { vf r; memcpy(&r, p, sizeof r); return r; }
 V_INLINE void v_store(real *p, vf a) { memcpy(p, &a, sizeof a); }
 V_INLINE vf v_set1(real x) { return x - (vf){0}; }
@@ -234,6 +242,22 @@ V_INLINE void v_transpose(v_square *t) {
         }
         *t = u;
     }
+}
+
+/* to[j][i] = from[i][j] for VL x VL values, rows `from_row` and `to_row` apart; all in registers. */
+V_INLINE void v_move_square(const real *from, ptrdiff_t from_row, real *to, ptrdiff_t to_row) {
+    v_square t;
+    for (int i = 0; i < VL; i++) t.row[i] = v_load(from + i * from_row);
+    v_transpose(&t);
+    for (int i = 0; i < VL; i++) v_store(to + i * to_row, t.row[i]);
+}
+
+/* The same, with every row multiplied by `factor` on the way. */
+V_INLINE void v_move_square_scaled(const real *from, ptrdiff_t from_row, real *to, ptrdiff_t to_row, vf factor) {
+    v_square t;
+    for (int i = 0; i < VL; i++) t.row[i] = v_load(from + i * from_row) * factor;
+    v_transpose(&t);
+    for (int i = 0; i < VL; i++) v_store(to + i * to_row, t.row[i]);
 }
 
 /* q(f) of 2^f = 1 + f q(f) on [-1/2, 1/2]: interpolation in Chebyshev nodes, computed with 50 digits.

@@ -31,6 +31,7 @@ cdef enum:
     HEADROOM = 10           # a maximum may exceed the reference of the exponential by this power of two
     DEPTH = 64              # longest sum over D, where D is past twice that
     CHAINS = 8              # interleaved sums of a block's weights
+    WASTE = 24              # vector x key products a wider segment may waste: narrow ones run at 0.8 of the speed
     POLL_EVERY = 8          # blocks of keys between two looks at `stop`
 
 include "products.pxi"
@@ -59,6 +60,7 @@ cdef struct Task:
     const uint8_t* mask
     real kappa                      # logits of S to exponents of 2; > 0
     bint plain                      # scores are logits as they stand: no softcap, no bias
+    bint cold                       # few blocks of queries share these keys: worth fetching the values early
     bint settled                    # no maximum has outgrown its reference yet: worth fusing
     # scratch
     real* Qt
@@ -164,16 +166,16 @@ cdef inline bint finite_lanes(const real* m, int vectors) noexcept nogil:
 
 
 cdef Py_ssize_t scores(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, real* S, Py_ssize_t n,
-                       bint whole) noexcept nogil:
+                       bint whole, Rows later) noexcept nogil:
     # S = K Qt for n keys. A long D goes in parts: Qt of one part stays in the first-level cache, and a sum of DEPTH products
     # from zero has the smaller error. Without `whole` the last part is left to the caller; returns how much of D is done.
     cdef Py_ssize_t depth = t.p.D if t.p.D <= 2*DEPTH else DEPTH
     cdef Py_ssize_t d = 0
     while t.p.D - d > depth:
-        product_n(vectors, k + d, k_row, t.Qt + d*LANES + first*VL, depth, S, n, d > 0)
+        product_n(vectors, k + d, k_row, t.Qt + d*LANES + first*VL, depth, S, n, d > 0, later)
         d += depth
     if whole:
-        product_n(vectors, k + d, k_row, t.Qt + d*LANES + first*VL, t.p.D - d, S, n, d > 0)
+        product_n(vectors, k + d, k_row, t.Qt + d*LANES + first*VL, t.p.D - d, S, n, d > 0, later)
     return d
 
 
@@ -190,15 +192,20 @@ cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_r
     cdef real* S = t.S + (begin - block)*LANES + lane
     cdef int g
     cdef Py_ssize_t i, d
+    cdef Rows later
     cdef bint partial = mask == 1 or t.bias != NULL
     for g in range(first + 1, first + vectors):
         full_lo = max(full_lo, t.lo_max[g])
         full_hi = min(full_hi, t.hi_min[g])
 
+    later.at = v
+    later.row = v_row
+    later.n = p.Dv if t.cold else 0
     if t.plain and t.settled and mask == 2 and full_lo <= begin and full_hi >= end and finite_lanes(t.m + lane, vectors):
         memcpy(t.c + lane, t.l + lane, vectors*VL*sizeof(real))
-        d = scores(t, first, vectors, k, k_row, S, n, False)
-        if not fused_step(vectors, k + d, k_row, t.Qt + d*LANES + lane, p.D - d, S, d > 0, begin - block, n, t.kappa, t.m + lane, t.l + lane):
+        d = scores(t, first, vectors, k, k_row, S, n, False, later)
+        if not fused_step(vectors, k + d, k_row, t.Qt + d*LANES + lane, p.D - d, S, d > 0, begin - block, n, t.kappa, t.m + lane, t.l + lane,
+                          later):
             for i in range(lane, lane + vectors*VL):
                 t.c[i] = 1
             product_t(vectors, v, v_row, S, n, t.Ot + lane, p.Dv, t.c + lane)
@@ -206,7 +213,7 @@ cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_r
         memcpy(t.l + lane, t.c + lane, vectors*VL*sizeof(real))
         t.settled = False
 
-    scores(t, first, vectors, k, k_row, S, n, True)
+    scores(t, first, vectors, k, k_row, S, n, True, later)
 
     if p.softcap > 0:
         softcap_pass(S, vectors, n, <real>p.scale, <real>p.softcap)
@@ -234,14 +241,14 @@ cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_r
 
 
 cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
-    # All lanes against keys [block, end): neighbouring vectors with the same range form one segment; at the edge of a
-    # causal or windowed pattern each vector has its own range, so the work follows the visible area a vector at a time.
+    # All lanes against keys [block, end). Neighbouring vectors with about the same range of keys form a segment, so that at
+    # the edge of a causal or windowed pattern the work follows the visible area.
     cdef const fastattn_problem* p = t.p
     cdef const real* k = t.k + block*p.key.row
     cdef const real* v = t.v + block*p.value.row
     cdef Py_ssize_t k_row = p.key.row
     cdef Py_ssize_t v_row = p.value.row
-    cdef int64_t begin, stop
+    cdef int64_t begin, stop, lo, hi, seen
     cdef int mask = 2
     cdef int g = 0
     cdef int first
@@ -266,8 +273,21 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
         first = g
         begin = max(block, t.lo_min[g])
         stop = min(end, t.hi_max[g])
+        seen = max(stop - begin, <int64_t>0)
         g += 1
-        while g < t.vectors and begin == max(block, t.lo_min[g]) and stop == min(end, t.hi_max[g]):
+        while g < t.vectors and begin < stop:
+            # widen the segment by one vector, unless that multiplies too many pairs that nobody sees
+            lo = max(block, t.lo_min[g])
+            hi = min(end, t.hi_max[g])
+            if lo >= hi:
+                break
+            seen += hi - lo
+            lo = min(lo, begin)
+            hi = max(hi, stop)
+            if (g + 1 - first)*(hi - lo) - seen > WASTE:
+                break
+            begin = lo
+            stop = hi
             g += 1
         if begin < stop:
             segment(t, first, g - first, k + (begin - block)*k_row, k_row, v + (begin - block)*v_row, v_row,
@@ -411,6 +431,7 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
     t.kappa = <real>min(kappa, <double>REAL_MAX)
     t.plain = p.softcap == 0 and t.bias == NULL
     t.settled = True
+    t.cold = n_blocks <= 4
 
     pack_queries(t.q + t.q_begin*p.query.row, p.query.row, p.query.col, t.n_queries, t.vectors, p.D, sign, t.Qt)
     memset(t.Ot, 0, p.Dv*LANES*sizeof(real))

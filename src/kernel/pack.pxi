@@ -18,6 +18,10 @@ cdef void pack_queries(const real* q, Py_ssize_t row, Py_ssize_t col, Py_ssize_t
         d = 0
         while d < D:
             n = min(<Py_ssize_t>VL, D - d)
+            if n == VL and col == 1 and first + VL <= n_queries:
+                v_move_square_scaled(q + first*row + d, row, Qt + d*LANES + first, LANES, s)
+                d += VL
+                continue
             for i in range(VL):
                 if first + i < n_queries:
                     t.row[i] = v_mul(s, load_row(q + (first + i)*row + d*col, col, n))
@@ -42,6 +46,10 @@ cdef void write_out(const real* Ot, const real* factor, Py_ssize_t n_queries, in
         d = 0
         while d < Dv:
             n = min(<Py_ssize_t>VL, Dv - d)
+            if n == VL and col == 1 and first + VL <= n_queries:
+                v_move_square_scaled(Ot + d*LANES + first, LANES, out + first*row + d, row, f)
+                d += VL
+                continue
             for i in range(VL):
                 t.row[i] = v_mul(v_load(Ot + (d + i)*LANES + first), f) if i < n else v_zero()
             v_transpose(&t)
@@ -65,6 +73,10 @@ cdef void pack_rows(const real* a, Py_ssize_t row, Py_ssize_t col, Py_ssize_t n_
             d = 0
             while d < n:
                 n_d = min(<Py_ssize_t>VL, n - d)
+                if n_d == VL and n_j == VL:
+                    v_move_square(a + j + d*col, col, packed + j*n + d, n)
+                    d += VL
+                    continue
                 for i in range(VL):
                     t.row[i] = v_load_part(a + j + (d + i)*col, n_j) if i < n_d else v_zero()
                 v_transpose(&t)

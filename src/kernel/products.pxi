@@ -75,10 +75,26 @@ cdef inline int rows_of(const int nv) noexcept nogil:
     return ROWS_1 if nv == 1 else ROWS_2 if nv == 2 else ROWS_3 if nv == 3 else ROWS_4
 
 
+cdef struct Rows:
+    const real* at
+    Py_ssize_t row          # stride
+    Py_ssize_t n            # reals of a row
+
+
+cdef inline void fetch(const real* A, Py_ssize_t lda, Py_ssize_t n, Py_ssize_t m, Rows* later) noexcept nogil:
+    # While a tile is multiplied: the m rows of A of the next one, and as many rows of what comes after this product.
+    cdef Py_ssize_t i
+    for i in range(m):
+        v_fetch_soon(A + i*lda, n)
+        v_fetch_later(later.at, later.n)
+        later.at += later.row
+
+
 cdef inline void columns_n(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
-                           Py_ssize_t m, bint add) noexcept nogil:
+                           Py_ssize_t m, bint add, Rows* later) noexcept nogil:
     # C[m, nv*VL] = A[m, n] · B[n, nv*VL]: full tiles, then what is left in tiles of 6, 4, 2 and 1 rows.
     while m >= rows_of(nv):
+        fetch(A + rows_of(nv)*lda, lda, n, min(<Py_ssize_t>rows_of(nv), m - rows_of(nv)), later)
         tile_n(rows_of(nv), nv, A, lda, B, n, C, add)
         A += rows_of(nv)*lda
         C += rows_of(nv)*LANES
@@ -130,19 +146,19 @@ cdef inline void columns_t(const int nv, const real* A, Py_ssize_t lda, const re
 
 
 cdef void product_n(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
-                    Py_ssize_t m, bint add) noexcept nogil:
+                    Py_ssize_t m, bint add, Rows later) noexcept nogil:
     # C[m, vectors*VL] = A[m, n] · B[n, vectors*VL], or += it
     while vectors >= GROUP:
-        columns_n(GROUP, A, lda, B, n, C, m, add)
+        columns_n(GROUP, A, lda, B, n, C, m, add, &later)
         B += GROUP*VL
         C += GROUP*VL
         vectors -= GROUP
     if GROUP > 3 and vectors == 3:
-        columns_n(3, A, lda, B, n, C, m, add)
+        columns_n(3, A, lda, B, n, C, m, add, &later)
     elif GROUP > 2 and vectors == 2:
-        columns_n(2, A, lda, B, n, C, m, add)
+        columns_n(2, A, lda, B, n, C, m, add, &later)
     elif vectors == 1:
-        columns_n(1, A, lda, B, n, C, m, add)
+        columns_n(1, A, lda, B, n, C, m, add, &later)
 
 
 cdef void product_t(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,

@@ -23,6 +23,8 @@ cdef extern from "simd.h" nogil:
         ROWS_3
         ROWS_4
     const real REAL_MAX
+    void v_fetch_soon(const real*, Py_ssize_t)
+    void v_fetch_later(const real*, Py_ssize_t)
     vf v_load(const real*)
     void v_store(real*, vf)
     vf v_set1(real)
@@ -42,5 +44,7 @@ cdef extern from "simd.h" nogil:
     void v_scatter(real*, Py_ssize_t, vf, Py_ssize_t)
     vf v_load_bytes(const uint8_t*, Py_ssize_t, Py_ssize_t)
     void v_transpose(v_square*)
+    void v_move_square(const real*, Py_ssize_t, real*, Py_ssize_t)
+    void v_move_square_scaled(const real*, Py_ssize_t, real*, Py_ssize_t, vf)
     vf v_exp2(vf)
     vf v_tanh(vf)

@@ -99,7 +99,8 @@ cdef inline void tile_n_weighing(const int mr, const int nv, const real* A, Py_s
 
 
 cdef inline bint fused_columns(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* S,
-                               bint add, Py_ssize_t first, Py_ssize_t n_keys, real kappa, const real* m, real* l) noexcept nogil:
+                               bint add, Py_ssize_t first, Py_ssize_t n_keys, real kappa, const real* m, real* l,
+                               Rows* later) noexcept nogil:
     # Rows [first, first + n_keys) of the block: S = 2^((S +) A B κ - m), l += its column sums.
     # Returns whether a sum, so perhaps a weight, went past 2^HEADROOM.
     cdef real total[CHAINS*LANES]
@@ -115,13 +116,14 @@ cdef inline bint fused_columns(const int nv, const real* A, Py_ssize_t lda, cons
         S += rows_of(nv)*LANES
         left -= rows_of(nv)
     while left >= rows_of(nv):
+        fetch(A + rows_of(nv)*lda, lda, n, min(<Py_ssize_t>rows_of(nv), left - rows_of(nv)), later)
         tile_n_weighing(rows_of(nv), nv, A, lda, B, n, S, add, waiting, first, kappa, m, total)
         waiting = S
         first += rows_of(nv)
         A += rows_of(nv)*lda
         S += rows_of(nv)*LANES
         left -= rows_of(nv)
-    columns_n(nv, A, lda, B, n, S, left, add)
+    columns_n(nv, A, lda, B, n, S, left, add, later)
     weigh_rows(nv, waiting, first, (S - waiting)//LANES + left, kappa, m, total)
     for g in range(nv):
         s = sum_chains(total + g*VL)
@@ -131,21 +133,21 @@ cdef inline bint fused_columns(const int nv, const real* A, Py_ssize_t lda, cons
 
 
 cdef bint fused_step(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* S, bint add,
-                     Py_ssize_t first, Py_ssize_t n_keys, real kappa, const real* m, real* l) noexcept nogil:
+                     Py_ssize_t first, Py_ssize_t n_keys, real kappa, const real* m, real* l, Rows later) noexcept nogil:
     cdef bint over = False
     while vectors >= GROUP:
-        over |= fused_columns(GROUP, A, lda, B, n, S, add, first, n_keys, kappa, m, l)
+        over |= fused_columns(GROUP, A, lda, B, n, S, add, first, n_keys, kappa, m, l, &later)
         B += GROUP*VL
         S += GROUP*VL
         m += GROUP*VL
         l += GROUP*VL
         vectors -= GROUP
     if GROUP > 3 and vectors == 3:
-        over |= fused_columns(3, A, lda, B, n, S, add, first, n_keys, kappa, m, l)
+        over |= fused_columns(3, A, lda, B, n, S, add, first, n_keys, kappa, m, l, &later)
     elif GROUP > 2 and vectors == 2:
-        over |= fused_columns(2, A, lda, B, n, S, add, first, n_keys, kappa, m, l)
+        over |= fused_columns(2, A, lda, B, n, S, add, first, n_keys, kappa, m, l, &later)
     elif vectors == 1:
-        over |= fused_columns(1, A, lda, B, n, S, add, first, n_keys, kappa, m, l)
+        over |= fused_columns(1, A, lda, B, n, S, add, first, n_keys, kappa, m, l, &later)
     return over
 
 
