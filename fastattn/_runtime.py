@@ -18,10 +18,10 @@ except ImportError:     # a source tree on the path, and no build of it installe
 
 def _positive(value, name):
     try:
-        n = operator.index(value)
+        n = operator.index(None if isinstance(value, bool) else value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if isinstance(value, bool) or n < 1:
+    if n < 1:
         raise ValueError(f"{name} must be at least 1, got {value!r}")
     return min(n, 2**31 - 1)
 
@@ -181,4 +181,6 @@ def show_config():
 
 def get_include():
     """Directory of fastattn.h."""
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "include")
+    # Of the installed package, where a checkout on the path shadows it.
+    folders = [os.path.join(os.path.abspath(folder), "include") for folder in sys.modules[__package__].__path__]
+    return next((folder for folder in folders if os.path.isdir(folder)), folders[0])

@@ -30,7 +30,7 @@ cdef enum:
     BLOCK = 96
     HEADROOM = 10           # a maximum may exceed the reference of the exponential by this power of two
     DEPTH = 64              # longest sum over D, where D is past twice that
-    CHAINS = 8              # interleaved sums of a block's weights
+    CHAINS = 8              # interleaved sums of a block's weights; BLOCK is even, so pairs of keys do not straddle blocks
     WASTE = 24              # vector x key products a wider segment may waste: narrow ones run at 0.8 of the speed
     POLL_EVERY = 8          # blocks of keys between two looks at `stop`
 
@@ -69,6 +69,9 @@ cdef struct Task:
     real* m
     real* l
     real* c
+    real* before                    # l as it was before the block
+    real* base                      # m, or 0 where it is -inf
+    real* total                     # [CHAINS][LANES] sums of the block's weights
     real* lo_rel                    # lo and hi relative to the block of keys, as numbers
     real* hi_rel
     real* packed_k
@@ -179,42 +182,15 @@ cdef Py_ssize_t scores(Task* t, int first, int vectors, const real* k, Py_ssize_
     return d
 
 
-cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, const real* v, Py_ssize_t v_row,
-                  int64_t begin, int64_t end, int mask) noexcept nogil:
-    # Vectors [first, first + vectors) against keys [begin, end) of one block; k and v point at key `begin`.
+cdef void logits(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, int64_t begin, int64_t end, int mask,
+                 bint partial, Rows later) noexcept nogil:
+    # Final logits of vectors [first, first + vectors) and keys [begin, end) of one block; k points at key `begin`.
     cdef const fastattn_problem* p = t.p
     cdef Py_ssize_t lane = first*VL
     cdef Py_ssize_t n = end - begin
     cdef Py_ssize_t n_queries = t.n_queries - lane
-    cdef int64_t block = begin - begin % BLOCK
-    cdef int64_t full_lo = t.lo_max[first]
-    cdef int64_t full_hi = t.hi_min[first]
-    cdef real* S = t.S + (begin - block)*LANES + lane
-    cdef int g
-    cdef Py_ssize_t i, d
-    cdef Rows later
-    cdef bint partial = mask == 1 or t.bias != NULL
-    for g in range(first + 1, first + vectors):
-        full_lo = max(full_lo, t.lo_max[g])
-        full_hi = min(full_hi, t.hi_min[g])
-
-    later.at = v
-    later.row = v_row
-    later.n = p.Dv if t.cold else 0
-    if t.plain and t.settled and mask == 2 and full_lo <= begin and full_hi >= end and finite_lanes(t.m + lane, vectors):
-        memcpy(t.c + lane, t.l + lane, vectors*VL*sizeof(real))
-        d = scores(t, first, vectors, k, k_row, S, n, False, later)
-        if not fused_step(vectors, k + d, k_row, t.Qt + d*LANES + lane, p.D - d, S, d > 0, begin - block, n, t.kappa, t.m + lane, t.l + lane,
-                          later):
-            for i in range(lane, lane + vectors*VL):
-                t.c[i] = 1
-            product_t(vectors, v, v_row, S, n, t.Ot + lane, p.Dv, t.c + lane)
-            return
-        memcpy(t.l + lane, t.c + lane, vectors*VL*sizeof(real))
-        t.settled = False
-
+    cdef real* S = t.S + begin % BLOCK*LANES + lane
     scores(t, first, vectors, k, k_row, S, n, True, later)
-
     if p.softcap > 0:
         softcap_pass(S, vectors, n, <real>p.scale, <real>p.softcap)
     if t.bias != NULL:
@@ -223,18 +199,60 @@ cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_r
     if mask == 1:
         mask_pass(S, vectors, n, t.mask + (t.q_begin + lane)*p.mask.row + begin*p.mask.col, p.mask.row, p.mask.col,
                   n_queries)
-    if full_lo > begin or full_hi < end:
-        partial = True
-        full_lo = min(full_lo, end)                             # keys [begin, full_lo) and [full_hi, end) are partial
-        full_hi = max(full_hi, full_lo)
-        S = t.S + lane
-        interval_pass(S, vectors, begin - block, full_lo - block, t.lo_rel + lane, t.hi_rel + lane)
-        interval_pass(S, vectors, max(full_hi, begin) - block, end - block, t.lo_rel + lane, t.hi_rel + lane)
-        S = t.S + (begin - block)*LANES + lane
+    if partial:
+        interval_pass(S, vectors, begin % BLOCK, n, t.lo_rel + lane, t.hi_rel + lane)
 
-    softmax_step(vectors, S, begin - block, n, t.kappa, t.m + lane, t.l + lane, t.c + lane)
 
-    if partial and not all_finite(v, v_row, n, p.Dv):
+cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, const real* v, Py_ssize_t v_row,
+                  int64_t begin, int64_t end, int mask) noexcept nogil:
+    # Vectors [first, first + vectors) against keys [begin, end) of one block; k and v point at key `begin`.
+    cdef const fastattn_problem* p = t.p
+    cdef Py_ssize_t lane = first*VL
+    cdef Py_ssize_t at = begin % BLOCK
+    cdef Py_ssize_t n = end - begin
+    cdef real* S = t.S + at*LANES + lane
+    cdef int64_t full_lo = t.lo_max[first]
+    cdef int64_t full_hi = t.hi_min[first]
+    cdef Py_ssize_t d, i
+    cdef Py_ssize_t whole = 0               # the first keys, which every lane sees as they are: scored and weighed at once
+    cdef bint partial
+    cdef Rows later
+    cdef int g
+    for g in range(first + 1, first + vectors):
+        full_lo = max(full_lo, t.lo_max[g])
+        full_hi = min(full_hi, t.hi_min[g])
+    partial = full_lo > begin or full_hi < end
+    later.at = v
+    later.row = v_row
+    later.n = p.Dv if t.cold else 0
+
+    clear_chains(vectors, t.total + lane)
+    if t.settled and finite_lanes(t.m + lane, vectors):
+        if t.plain and mask == 2 and full_lo <= begin and at % 2 == 0 and full_hi > begin:
+            whole = n if full_hi >= end else (full_hi - begin)//2*2
+            d = scores(t, first, vectors, k, k_row, S, whole, False, later)
+            fused_step(vectors, k + d, k_row, t.Qt + d*LANES + lane, p.D - d, S, d > 0, at, whole, t.kappa, t.base + lane,
+                       t.total + lane, later)
+        if whole < n:
+            logits(t, first, vectors, k + whole*k_row, k_row, begin + whole, end, mask, partial, later)
+            weigh_rows(vectors, S + whole*LANES, at + whole, n - whole, t.kappa, t.base + lane, t.total + lane)
+        for i in range(lane, lane + vectors*VL):
+            t.c[i] = 1
+        memcpy(t.before + lane, t.l + lane, vectors*VL*sizeof(real))
+        if add_sums(vectors, t.total + lane, t.c + lane, t.l + lane):
+            memcpy(t.l + lane, t.before + lane, vectors*VL*sizeof(real))
+            clear_chains(vectors, t.total + lane)
+            t.settled = False
+            whole = -1
+    else:
+        whole = -1
+    if whole < 0:
+        logits(t, first, vectors, k, k_row, begin, end, mask, partial, later)
+        new_reference(vectors, S, n, t.kappa, t.m + lane, t.base + lane, t.c + lane)
+        weigh_rows(vectors, S, at, n, t.kappa, t.base + lane, t.total + lane)
+        add_sums(vectors, t.total + lane, t.c + lane, t.l + lane)
+
+    if (partial or mask == 1 or t.bias != NULL) and not all_finite(v, v_row, n, p.Dv):
         poisoned_values(t, first, vectors, v, v_row, begin, end)
     else:
         product_t(vectors, v, v_row, S, n, t.Ot + lane, p.Dv, t.c + lane)
@@ -334,7 +352,7 @@ cdef Py_ssize_t aligned(Py_ssize_t n) noexcept nogil:
 
 
 cdef size_t scratch(const fastattn_problem* p) noexcept nogil:
-    return sizeof(real)*<size_t>(aligned(p.D*LANES) + BLOCK*LANES + aligned(p.Dv*LANES) + 5*LANES
+    return sizeof(real)*<size_t>(aligned(p.D*LANES) + BLOCK*LANES + aligned(p.Dv*LANES) + (7 + CHAINS)*LANES
                                  + aligned(BLOCK*p.D if p.key.col != 1 else 0)
                                  + aligned(BLOCK*p.Dv))
 
@@ -412,7 +430,10 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
     t.m = t.Ot + aligned(p.Dv*LANES)
     t.l = t.m + LANES
     t.c = t.l + LANES
-    t.lo_rel = t.c + LANES
+    t.before = t.c + LANES
+    t.base = t.before + LANES
+    t.total = t.base + LANES
+    t.lo_rel = t.total + CHAINS*LANES
     t.hi_rel = t.lo_rel + LANES
     t.packed_v = t.hi_rel + LANES
     t.packed_k = t.packed_v + aligned(BLOCK*p.Dv)
@@ -441,6 +462,7 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
         if p.sinks != NULL:             # a key without a value
             t.m[i] = (<const real*>p.sinks)[t.h]*<real>1.4426950408889634
             t.l[i] = 0 if t.m[i] < -REAL_MAX else 1
+        t.base[i] = 0 if t.m[i] < -REAL_MAX else t.m[i]
 
     k_begin = t.lo_min[0]
     k_end = t.hi_max[0]

@@ -88,19 +88,18 @@ cdef int mask_summary(const uint8_t* mask, Py_ssize_t row, Py_ssize_t col, Py_ss
     return 2 if any else 0
 
 
-cdef void interval_pass(real* S, int vectors, Py_ssize_t begin, Py_ssize_t end, const real* lo,
-                        const real* hi) noexcept nogil:
-    # Row j of the tile is visible to the lanes with lo <= j < hi. Rows of S begin at the tile's first key.
+cdef void interval_pass(real* S, int vectors, Py_ssize_t first, Py_ssize_t n, const real* lo, const real* hi) noexcept nogil:
+    # Row j of the block is visible to the lanes with lo <= j < hi; S holds rows [first, first + n).
     cdef Py_ssize_t j
     cdef int g
-    cdef real* s
-    cdef vf at
+    cdef vf at, low, high
     cdef vf hidden = v_set1(-INFINITY)
-    for j in range(begin, end):
-        at = v_set1(<real>j)
-        for g in range(vectors):
-            s = S + j*LANES + g*VL
-            v_store(s, v_where_lt(at, v_load(lo + g*VL), hidden, v_where_lt(at, v_load(hi + g*VL), v_load(s), hidden)))
+    for g in range(vectors):
+        low = v_load(lo + g*VL)
+        high = v_load(hi + g*VL)
+        for j in range(n):
+            at = v_set1(<real>(first + j))
+            v_store(S + j*LANES + g*VL, v_where_lt(at, low, hidden, v_where_lt(at, high, v_load(S + j*LANES + g*VL), hidden)))
 
 
 cdef bint all_finite(const real* a, Py_ssize_t row, Py_ssize_t n_rows, Py_ssize_t n) noexcept nogil:

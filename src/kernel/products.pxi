@@ -92,8 +92,9 @@ cdef inline void fetch(const real* A, Py_ssize_t lda, Py_ssize_t n, Py_ssize_t m
 
 cdef inline void columns_n(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
                            Py_ssize_t m, bint add, Rows* later) noexcept nogil:
-    # C[m, nv*VL] = A[m, n] · B[n, nv*VL]: full tiles, then what is left in tiles of 6, 4, 2 and 1 rows.
-    while m >= rows_of(nv):
+    # C[m, nv*VL] = A[m, n] · B[n, nv*VL]: full tiles, then what is left in tiles of 6, 4, 2 and 1 rows
+    # (8 as 4 + 4: two rows alone have too few accumulators to fill the FMA units).
+    while m >= rows_of(nv) and not (rows_of(nv) == 6 and m == 8):
         fetch(A + rows_of(nv)*lda, lda, n, min(<Py_ssize_t>rows_of(nv), m - rows_of(nv)), later)
         tile_n(rows_of(nv), nv, A, lda, B, n, C, add)
         A += rows_of(nv)*lda
@@ -104,7 +105,7 @@ cdef inline void columns_n(const int nv, const real* A, Py_ssize_t lda, const re
         A += 6*lda
         C += 6*LANES
         m -= 6
-    if rows_of(nv) > 4 and m >= 4:
+    while rows_of(nv) > 4 and m >= 4:
         tile_n(4, nv, A, lda, B, n, C, add)
         A += 4*lda
         C += 4*LANES
@@ -121,7 +122,7 @@ cdef inline void columns_n(const int nv, const real* A, Py_ssize_t lda, const re
 cdef inline void columns_t(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
                            Py_ssize_t m, const real* c) noexcept nogil:
     # C[m, nv*VL] = C c + A[n, m]ᵀ · B[n, nv*VL]
-    while m >= rows_of(nv):
+    while m >= rows_of(nv) and not (rows_of(nv) == 6 and m == 8):
         tile_t(rows_of(nv), nv, A, lda, B, n, C, c)
         A += rows_of(nv)
         C += rows_of(nv)*LANES
@@ -131,7 +132,7 @@ cdef inline void columns_t(const int nv, const real* A, Py_ssize_t lda, const re
         A += 6
         C += 6*LANES
         m -= 6
-    if rows_of(nv) > 4 and m >= 4:
+    while rows_of(nv) > 4 and m >= 4:
         tile_t(4, nv, A, lda, B, n, C, c)
         A += 4
         C += 4*LANES

@@ -1,20 +1,21 @@
 # One block of keys through the online softmax (Milakov & Gimelshein 2018), on tiles whose lanes are queries:
 #
-#     m' = m, or the block's maximum where that is larger than m by more than HEADROOM
-#     P_j = 2^(S_j κ - m')      c = 2^(m - m')      l' = l c + sum_j P_j
+#     m' = m, or the block's maximum where that is larger than m by more than HEADROOM      new_reference
+#     P_j = 2^(S_j κ - m')                                                                  weigh, or fused_step with S = K Qt
+#     l' = l c + sum_j P_j,  c = 2^(m - m')                                                 add_sums
 #
 # κ = scale · log2 e turns the exponential into 2^x; m is kept in that unit. S_j κ - m' is one FMA, so the scale adds no
 # rounding where logits are large. Maximum, exponential and sum are vertical: no lane ever meets another.
 #
 # m is a reference, not the maximum: weights up to 2^HEADROOM lose nothing, and m then rarely moves after the first block.
-# That allows `fused_step`, which weighs a tile of scores while the next one is multiplied: the exponential's latency and its
-# additions disappear behind the FMAs. It must be told that m is finite in every lane, and reports a maximum that outgrew m;
-# `softmax_step` is the general form. Both give the same bits.
+# So a later block is weighed with the m it finds, which lets `fused_step` weigh a tile of scores while the next one is
+# multiplied: the exponential's latency and its additions disappear behind the FMAs. Where the sum of the weights then shows
+# that a score outgrew m, the block is done again with a new one. Both ways give the same bits.
 #
-# l is summed in CHAINS interleaved chains by the key's place in its block, then by a tree: a single chain of 96 would be the
-# largest error of short sequences, and a grouping by tile would make bits depend on the tiling.
+# l is summed in pairs of keys, CHAINS interleaved chains of pairs by their place in the block, then a tree: a single chain of
+# 96 would be the largest error of short sequences, and a grouping by tile would make bits depend on the tiling.
 #
-# Guards: a lane that has seen no key yet has m = -inf, and -inf - (-inf) would be NaN: it subtracts 0 instead.
+# Guards: a lane that has seen no key yet has m = -inf, and -inf - (-inf) would be NaN: its `base` is 0 instead.
 # v_max drops a NaN score; the exponential keeps it, so P, l and the output become NaN as IEEE says.
 
 cdef inline void weigh(const int nv, real* S, Py_ssize_t first, Py_ssize_t n, real kappa, const real* m,
@@ -22,37 +23,49 @@ cdef inline void weigh(const int nv, real* S, Py_ssize_t first, Py_ssize_t n, re
     # P = 2^(S κ - m) in place for rows [first, first + n) of a block, and their sums.
     cdef vf base[4]
     cdef vf k = v_set1(kappa)
-    cdef vf x
+    cdef vf x, y
     cdef real* chain
     cdef Py_ssize_t j
+    cdef bint pair
     cdef int g
     for g in range(nv):
         base[g] = v_load(m + g*VL)
-    for j in range(first, first + n):
-        chain = total + j % CHAINS*LANES
+    j = first
+    while j < first + n:
+        chain = total + j//2 % CHAINS*LANES
+        pair = j % 2 == 0 and j + 1 < first + n
         for g in range(nv):
             x = v_exp2(v_fms(v_load(S + g*VL), k, base[g]))
             v_store(S + g*VL, x)
+            if pair:
+                y = v_exp2(v_fms(v_load(S + LANES + g*VL), k, base[g]))
+                v_store(S + LANES + g*VL, y)
+                x = v_add(x, y)
             v_store(chain + g*VL, v_add(v_load(chain + g*VL), x))
-        S += LANES
+        j += 2 if pair else 1
+        S += (2 if pair else 1)*LANES
 
 
-# Not inlined, so that a product tile around the call keeps all registers.
-cdef void weigh_rows(int nv, real* S, Py_ssize_t first, Py_ssize_t n, real kappa, const real* m, real* total) noexcept nogil:
-    if nv == 4:
+cdef void weigh_rows(int vectors, real* S, Py_ssize_t first, Py_ssize_t n, real kappa, const real* m,
+                     real* total) noexcept nogil:
+    while vectors >= 4:
         weigh(4, S, first, n, kappa, m, total)
-    elif nv == 3:
+        S += 4*VL
+        m += 4*VL
+        total += 4*VL
+        vectors -= 4
+    if vectors == 3:
         weigh(3, S, first, n, kappa, m, total)
-    elif nv == 2:
+    elif vectors == 2:
         weigh(2, S, first, n, kappa, m, total)
-    else:
+    elif vectors == 1:
         weigh(1, S, first, n, kappa, m, total)
 
 
-cdef inline void clear_chains(const int nv, real* total) noexcept nogil:
+cdef void clear_chains(int vectors, real* total) noexcept nogil:
     cdef int g, j
     for j in range(CHAINS):
-        for g in range(nv):
+        for g in range(vectors):
             v_store(total + j*LANES + g*VL, v_zero())
 
 
@@ -68,7 +81,7 @@ cdef inline vf sum_chains(const real* total) noexcept nogil:
 cdef inline void tile_n_weighing(const int mr, const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n,
                                  real* C, bint add, real* W, Py_ssize_t first, real kappa, const real* m,
                                  real* total) noexcept nogil:
-    # tile_n, and between its steps over k rows [first, first + mr) of the block, at W, become weights.
+    # tile_n, and between its steps over k rows [first, first + mr) of the block, at W, become weights; first and mr are even.
     # mr * nv accumulators stay in registers: what the exponential needs besides is read from memory each time.
     cdef vf acc[12][4]
     cdef vf b[4]
@@ -81,11 +94,13 @@ cdef inline void tile_n_weighing(const int mr, const int nv, const real* A, Py_s
         for j in range(nv):
             acc[i][j] = v_zero()
     for r in range(mr):
-        chain = total + (first + r) % CHAINS*LANES
+        chain = total + (first + r)//2 % CHAINS*LANES
         for j in range(nv):
             x = v_exp2(v_fms(v_load(W + r*LANES + j*VL), v_set1(kappa), v_load(m + j*VL)))
             v_store(W + r*LANES + j*VL, x)
-            v_store(chain + j*VL, v_add(v_load(chain + j*VL), x))
+            if r % 2 == 1:
+                x = v_add(v_load(W + (r - 1)*LANES + j*VL), x)
+                v_store(chain + j*VL, v_add(v_load(chain + j*VL), x))
         stop = n*(r + 1)//mr
         while k < stop:
             for j in range(nv):
@@ -98,18 +113,24 @@ cdef inline void tile_n_weighing(const int mr, const int nv, const real* A, Py_s
     store_tile(mr, nv, acc, C, add)
 
 
-cdef inline bint fused_columns(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* S,
-                               bint add, Py_ssize_t first, Py_ssize_t n_keys, real kappa, const real* m, real* l,
-                               Rows* later) noexcept nogil:
-    # Rows [first, first + n_keys) of the block: S = 2^((S +) A B κ - m), l += its column sums.
-    # Returns whether a sum, so perhaps a weight, went past 2^HEADROOM.
-    cdef real total[CHAINS*LANES]
+cdef bint add_sums(int vectors, const real* total, const real* c, real* l) noexcept nogil:
+    # l = l c + sums. Returns whether a sum, so perhaps a weight, went past 2^HEADROOM.
     cdef vf above = v_zero()
     cdef vf s
+    cdef int g
+    for g in range(vectors):
+        s = sum_chains(total + g*VL)
+        v_store(l + g*VL, v_fma(v_load(l + g*VL), v_load(c + g*VL), s))
+        above = v_max(s, above)
+    return v_any_above(above, 1 << HEADROOM)
+
+
+cdef inline void fused_columns(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* S,
+                               bint add, Py_ssize_t first, Py_ssize_t n_keys, real kappa, const real* m, real* total,
+                               Rows* later) noexcept nogil:
+    # Rows [first, first + n_keys) of the block, first even: S = 2^((S +) A B κ - m), and their sums.
     cdef real* waiting = S
     cdef Py_ssize_t left = n_keys
-    cdef int g
-    clear_chains(nv, total)
     if left >= rows_of(nv):
         tile_n(rows_of(nv), nv, A, lda, B, n, S, add)
         A += rows_of(nv)*lda
@@ -125,38 +146,27 @@ cdef inline bint fused_columns(const int nv, const real* A, Py_ssize_t lda, cons
         left -= rows_of(nv)
     columns_n(nv, A, lda, B, n, S, left, add, later)
     weigh_rows(nv, waiting, first, (S - waiting)//LANES + left, kappa, m, total)
-    for g in range(nv):
-        s = sum_chains(total + g*VL)
-        v_store(l + g*VL, v_add(v_load(l + g*VL), s))
-        above = v_max(s, above)
-    return v_any_above(above, 1 << HEADROOM)
 
 
-cdef bint fused_step(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* S, bint add,
-                     Py_ssize_t first, Py_ssize_t n_keys, real kappa, const real* m, real* l, Rows later) noexcept nogil:
-    cdef bint over = False
+cdef void fused_step(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* S, bint add,
+                     Py_ssize_t first, Py_ssize_t n_keys, real kappa, const real* m, real* total, Rows later) noexcept nogil:
     while vectors >= GROUP:
-        over |= fused_columns(GROUP, A, lda, B, n, S, add, first, n_keys, kappa, m, l, &later)
+        fused_columns(GROUP, A, lda, B, n, S, add, first, n_keys, kappa, m, total, &later)
         B += GROUP*VL
         S += GROUP*VL
         m += GROUP*VL
-        l += GROUP*VL
+        total += GROUP*VL
         vectors -= GROUP
     if GROUP > 3 and vectors == 3:
-        over |= fused_columns(3, A, lda, B, n, S, add, first, n_keys, kappa, m, l, &later)
+        fused_columns(3, A, lda, B, n, S, add, first, n_keys, kappa, m, total, &later)
     elif GROUP > 2 and vectors == 2:
-        over |= fused_columns(2, A, lda, B, n, S, add, first, n_keys, kappa, m, l, &later)
+        fused_columns(2, A, lda, B, n, S, add, first, n_keys, kappa, m, total, &later)
     elif vectors == 1:
-        over |= fused_columns(1, A, lda, B, n, S, add, first, n_keys, kappa, m, l, &later)
-    return over
+        fused_columns(1, A, lda, B, n, S, add, first, n_keys, kappa, m, total, &later)
 
 
-cdef inline void softmax_columns(const int nv, real* S, Py_ssize_t first, Py_ssize_t n, real kappa, real* m, real* l,
-                                 real* c) noexcept nogil:
+cdef inline void maximum(const int nv, const real* S, Py_ssize_t n, real* result) noexcept nogil:
     cdef vf top[4]
-    cdef real total[CHAINS*LANES]
-    cdef real base[LANES]
-    cdef vf old, new
     cdef Py_ssize_t j
     cdef int g
     for g in range(nv):
@@ -165,32 +175,24 @@ cdef inline void softmax_columns(const int nv, real* S, Py_ssize_t first, Py_ssi
         for g in range(nv):
             top[g] = v_max(v_load(S + j*LANES + g*VL), top[g])
     for g in range(nv):
+        v_store(result + g*VL, top[g])
+
+
+cdef void new_reference(int vectors, const real* S, Py_ssize_t n, real kappa, real* m, real* base, real* c) noexcept nogil:
+    # Move m to the maximum of the n rows at S where that is past m + HEADROOM.
+    cdef vf top, old, new
+    cdef int g = 0
+    while g + 4 <= vectors:
+        maximum(4, S + g*VL, n, base + g*VL)
+        g += 4
+    while g < vectors:
+        maximum(1, S + g*VL, n, base + g*VL)
+        g += 1
+    for g in range(vectors):
+        top = v_mul(v_load(base + g*VL), v_set1(kappa))
         old = v_load(m + g*VL)
-        new = v_mul(top[g], v_set1(kappa))
-        new = v_where_lt(v_add(old, v_set1(HEADROOM)), new, new, old)
+        new = v_where_lt(v_add(old, v_set1(HEADROOM)), top, top, old)
         v_store(m + g*VL, new)
         new = v_where_lt(new, v_set1(-REAL_MAX), v_zero(), new)
         v_store(base + g*VL, new)
         v_store(c + g*VL, v_exp2(v_sub(old, new)))
-    clear_chains(nv, total)
-    weigh_rows(nv, S, first, n, kappa, base, total)
-    for g in range(nv):
-        v_store(l + g*VL, v_fma(v_load(l + g*VL), v_load(c + g*VL), sum_chains(total + g*VL)))
-
-
-cdef void softmax_step(int vectors, real* S, Py_ssize_t first, Py_ssize_t n, real kappa, real* m, real* l,
-                       real* c) noexcept nogil:
-    # Rows [first, first + n) of the block, at S.
-    while vectors >= 4:
-        softmax_columns(4, S, first, n, kappa, m, l, c)
-        S += 4*VL
-        m += 4*VL
-        l += 4*VL
-        c += 4*VL
-        vectors -= 4
-    if vectors == 3:
-        softmax_columns(3, S, first, n, kappa, m, l, c)
-    elif vectors == 2:
-        softmax_columns(2, S, first, n, kappa, m, l, c)
-    elif vectors == 1:
-        softmax_columns(1, S, first, n, kappa, m, l, c)

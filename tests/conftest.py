@@ -1,0 +1,37 @@
+"""What a report must say so that a failure can be reproduced: instruction set, threads, seed."""
+
+import pytest
+from hypothesis import settings
+
+import fastattn as fa
+
+settings.register_profile("fastattn", max_examples=300, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("explore", max_examples=20_000, deadline=None)  # --hypothesis-profile=explore
+settings.load_profile("fastattn")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="seed of the random inputs (default: 0)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "compiled: needs a compiled kernel; skipped where the NumPy reference runs")
+
+
+def pytest_report_header(config):
+    return f"fastattn: isa {fa.isa()}, threads {fa.get_num_threads()}, seed {config.getoption('seed')}"
+
+
+def pytest_collection_modifyitems(items):
+    if fa.isa() != "reference":
+        return
+    skip = pytest.mark.skip(reason="isa() is 'reference': no compiled kernel to test")
+    for item in items:
+        if item.get_closest_marker("compiled"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def seed(request):
+    """The number that every random input of a run is drawn from, with the case's own numbers."""
+    return request.config.getoption("seed")
