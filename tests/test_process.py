@@ -33,7 +33,7 @@ REACTION = 0.2  # seconds from a signal to its exception
 CONTROLS = ("FASTATTN_NUM_THREADS", "OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OMP_DYNAMIC", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT",
             "PYTHONSAFEPATH")
 
-needs_kernel = pytest.mark.skipif(fa.isa() == "reference", reason="about the compiled kernels")
+needs_kernel = pytest.mark.compiled
 needs_openmp = pytest.mark.skipif(fa.isa() == "reference" or not _runtime._build.openmp, reason="built without OpenMP")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 needs_signals = pytest.mark.skipif(os.name != "posix", reason="no POSIX signals")
@@ -104,11 +104,11 @@ def bits(result):
 
 
 @needs_kernel
-def test_calls_from_many_threads_give_the_bits_of_serial_calls():
+def test_calls_from_many_threads_give_the_bits_of_serial_calls(seed):
     todo = [(i, arrays, options, bits(fa.attention(*arrays, **options)))
-            for i, (arrays, options) in enumerate(jobs(1))]
+            for i, (arrays, options) in enumerate(jobs(seed))]
     todo *= 3
-    random.Random(1).shuffle(todo)
+    random.Random(seed).shuffle(todo)
 
     def call(job):
         i, arrays, options, expected = job
@@ -119,7 +119,7 @@ def test_calls_from_many_threads_give_the_bits_of_serial_calls():
 
     with ThreadPoolExecutor(8) as pool:
         wrong = [case for case in pool.map(call, todo) if case]
-    assert not wrong, f"isa={fa.isa()}, seed=1: {len(wrong)} of {len(todo)} differ from the serial call: {wrong[:5]}"
+    assert not wrong, f"isa={fa.isa()}, seed={seed}: {len(wrong)} of {len(todo)} differ from the serial call: {wrong[:5]}"
 
 
 @needs_kernel

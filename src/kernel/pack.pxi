@@ -13,8 +13,12 @@ cdef void pack_queries(const real* q, Py_ssize_t row, Py_ssize_t col, Py_ssize_t
     cdef Py_ssize_t d, i, n, first
     cdef int g
     cdef vf s = v_set1(sign)
+    for i in range(min(n_queries, <Py_ssize_t>2*VL)):       # rows two vectors ahead: they are read a line at a time, VL apart
+        v_fetch_soon(q + i*row, D if col == 1 else 0)
     for g in range(vectors):
         first = g*VL
+        for i in range(first + 2*VL, min(n_queries, first + 3*VL)):
+            v_fetch_soon(q + i*row, D if col == 1 else 0)
         d = 0
         while d < D:
             n = min(<Py_ssize_t>VL, D - d)

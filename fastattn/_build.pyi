@@ -1,0 +1,5 @@
+version: str
+isas: tuple[str, ...]
+compiler: str
+cython: str
+openmp: bool

@@ -1,0 +1,62 @@
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+class _SupportsDLPack(Protocol):
+    def __dlpack__(self) -> Any: ...
+
+_Real = TypeVar("_Real", np.float32, np.float64)
+_Array: TypeAlias = ArrayLike | _SupportsDLPack
+_Bool: TypeAlias = bool | np.bool_
+_Integer: TypeAlias = int | np.integer[Any]
+_Integers: TypeAlias = ArrayLike
+_Number: TypeAlias = float | np.floating[Any] | np.integer[Any]
+_Window: TypeAlias = _Integer | tuple[_Integer | None, _Integer | None] | list[_Integer | None]
+
+# The results have query's dtype: known if query is an array of known dtype. They are a pair only with return_lse.
+@overload
+def attention(
+    query: NDArray[_Real], key: _Array, value: _Array, *, mask: _Array | None = None, bias: _Array | None = None,
+    causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
+    query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
+    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[_Real] | None = None,
+    return_lse: Literal[False] = False, deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+) -> NDArray[_Real]: ...
+@overload
+def attention(
+    query: NDArray[_Real], key: _Array, value: _Array, *, mask: _Array | None = None, bias: _Array | None = None,
+    causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
+    query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
+    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[_Real] | None = None,
+    return_lse: Literal[True], deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+) -> tuple[NDArray[_Real], NDArray[_Real]]: ...
+@overload
+def attention(
+    query: _Array, key: _Array, value: _Array, *, mask: _Array | None = None, bias: _Array | None = None,
+    causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
+    query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
+    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
+    return_lse: Literal[False] = False, deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+) -> NDArray[Any]: ...
+@overload
+def attention(
+    query: _Array, key: _Array, value: _Array, *, mask: _Array | None = None, bias: _Array | None = None,
+    causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
+    query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
+    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
+    return_lse: Literal[True], deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
+@overload
+def attention(
+    query: _Array, key: _Array, value: _Array, *, mask: _Array | None = None, bias: _Array | None = None,
+    causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
+    query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
+    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
+    return_lse: _Bool = False, deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...

@@ -1,0 +1,21 @@
+from collections.abc import Iterator
+from typing import Any
+
+from numpy.typing import DTypeLike, NDArray
+
+from .attention import attention as attention
+from .checks import Problem
+
+# The steps of the definition: tests put them together in other precisions.
+_Index = tuple[int, ...]
+
+def forward(problem: Problem, dtype: DTypeLike | None = None) -> None: ...
+def heads(problem: Problem) -> Iterator[tuple[int, _Index, _Index]]: ...
+def sink(problem: Problem, head: _Index, dtype: type[Any]) -> Any: ...
+def logits(
+    problem: Problem, batch: int, head: _Index, kv_head: _Index, dtype: type[Any],
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
+def softmax(
+    scores: NDArray[Any], visible: NDArray[Any], sink: Any = None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]: ...
+def weighted_sum(weights: NDArray[Any], visible: NDArray[Any], v: NDArray[Any]) -> NDArray[Any]: ...

@@ -1,0 +1,55 @@
+"""What a type checker makes of the public functions. tools/lint runs mypy over this file; pytest runs it too."""
+
+from typing import Any, assert_type
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import fastattn as fa
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+
+def test_results_have_querys_dtype() -> None:
+    x: F32 = np.ones((1, 2, 4), np.float32)
+    y: F64 = np.ones((1, 2, 4))
+    assert_type(fa.attention(x, x, x), F32)
+    assert_type(fa.attention(y, y, y, causal=True, kv_lengths=[2], window=(1, None)), F64)
+    assert_type(fa.attention(x, x, x, out=np.empty_like(x)), F32)
+    assert_type(fa.reference.attention(x, x, x, mask=np.ones((2, 2), np.bool_), softcap=1), F32)
+    assert_type(fa.attention([[1.0]], [[1.0]], [[1.0]]), NDArray[Any])
+
+
+def test_return_lse_returns_a_pair() -> None:
+    x: F32 = np.ones((1, 2, 4), np.float32)
+    assert_type(fa.attention(x, x, x, return_lse=False), F32)
+    assert_type(fa.attention(x, x, x, return_lse=True), tuple[F32, F32])
+    assert_type(fa.reference.attention(x, x, x, return_lse=True), tuple[F32, F32])
+    out, lse = fa.attention(x, x, x, return_lse=True)
+    assert_type(lse, F32)
+    assert out.shape == x.shape and lse.shape == x.shape[:-1]
+    either = fa.attention(x, x, x, return_lse=bool(len(x)))
+    assert_type(either, NDArray[Any] | tuple[NDArray[Any], NDArray[Any]])
+
+
+def test_wrong_arguments_are_refused() -> None:
+    # mypy reports an `ignore` that ignores nothing, so each line also tests that the stub refuses what is wrong.
+    x: F32 = np.ones((1, 2, 4), np.float32)
+    with pytest.raises(TypeError):
+        fa.attention(x, x, x, None)  # type: ignore[call-overload]
+    with pytest.raises(TypeError):
+        fa.attention(x, x, x, scale="1")  # type: ignore[call-overload]
+    with pytest.raises(ValueError):
+        fa.attention(x, x, x, normalizer="softmin")  # type: ignore[call-overload]
+    with pytest.raises(TypeError):
+        fa.set_num_threads(1.5)  # type: ignore[arg-type]
+
+
+def test_thread_control() -> None:
+    with fa.threads(np.int64(2)):
+        assert_type(fa.get_num_threads(), int)
+    assert_type(fa.isa(), str)
+    assert_type(fa.get_include(), str)
+    assert_type(fa.__version__, str)
