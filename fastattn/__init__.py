@@ -10,6 +10,7 @@ from pkgutil import extend_path
 __path__ = extend_path(__path__, __name__)
 
 from . import reference
+from ._runtime import config as _config
 from ._runtime import (
     get_include,
     get_num_threads,
@@ -18,7 +19,6 @@ from ._runtime import (
     show_config,
     threads,
 )
-from ._runtime import config as _config
 from .attention import attention
 
 __version__ = _config()["fastattn"]

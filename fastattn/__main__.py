@@ -39,7 +39,8 @@ def self_check():
             error = np.abs(fa.attention(q, k, v, **options) - exact).max()
             ok = bool(error <= limit)
             good &= ok
-            print(f"  {np.dtype(dtype).name}  {name:17} largest error {error:.1e}  {'ok' if ok else f'WRONG, limit {limit:.0e}'}")
+            verdict = "ok" if ok else f"WRONG, limit {limit:.0e}"
+            print(f"  {np.dtype(dtype).name}  {name:17} largest error {error:.1e}  {verdict}")
     return good
 
 

@@ -13,7 +13,7 @@ import numpy as np
 try:
     from . import _build
 except ImportError:     # a source tree on the path, and no build of it installed
-    _build = None
+    _build = None  # type: ignore[assignment]
 
 
 def _positive(value, name):

@@ -90,7 +90,7 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
         raise ValueError(f"value must have key's length {S}, got {S_value}")
     if H_value != Hkv:
         raise ValueError(f"value must have key's number of heads {Hkv}, got {H_value}")
-    if H != Hkv and (Hkv == 0 or H % Hkv):
+    if Hkv != H and (Hkv == 0 or H % Hkv):
         raise ValueError(f"query must have a multiple of key's {Hkv} heads, got {H}")
     if key.shape[:-3] != lead or value.shape[:-3] != lead:
         lead = _leading_axes(lead, key.shape[:-3], value.shape[:-3])

@@ -13,6 +13,7 @@ from cpython.mem cimport PyMem_RawFree
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_INCREF
 from cython.parallel cimport parallel, prange
+from libc.math cimport sqrt
 from libc.stdint cimport uintptr_t
 from libc.string cimport memset, strcmp
 
@@ -284,7 +285,7 @@ def plain(query, key, value, bint causal, scale, num_threads):
             or (n > 2 and cnp.PyArray_DIM(v, n - 3) != p.Hkv)):
         return None
     if scale is None:
-        p.scale = 1/(<double>p.D)**0.5 if p.D > 0 else 1.0
+        p.scale = 1/sqrt(<double>p.D) if p.D > 0 else 1.0      # sqrt, as checks.py: pow may differ in the last bit
     elif type(scale) is float and -1e30 < <double>scale < 1e30:
         p.scale = scale
     else:
@@ -376,14 +377,16 @@ def evaluate(str function, cnp.ndarray x):
 
 
 def scratch_bytes(int64_t D, int64_t Dv, int bits=32):
-    """Scratch a thread needs for unit-stride and for strided keys, in bytes."""
+    """Scratch a thread needs for unit-stride and for strided keys and values, in bytes."""
     cdef fastattn_problem p
     memset(&p, 0, sizeof(p))
     p.D = D
     p.Dv = Dv
     p.key.col = 1
+    p.value.col = 1
     a = (kernel_f32 if bits == 32 else kernel_f64).scratch(&p)
     p.key.col = 2
+    p.value.col = 2
     return a, (kernel_f32 if bits == 32 else kernel_f64).scratch(&p)
 
 

@@ -5,7 +5,7 @@ from hypothesis import settings
 
 import fastattn as fa
 
-settings.register_profile("fastattn", max_examples=300, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("fastattn", max_examples=200, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", max_examples=20_000, deadline=None)  # --hypothesis-profile=explore
 settings.load_profile("fastattn")
 

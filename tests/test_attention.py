@@ -94,7 +94,7 @@ def test_every_pair_of_lengths(L, dtype, seed):
 def test_every_head_size(D, Dv_is, dtype, seed):
     rng = generator(seed, D, Dv_is)
     Dv = D if Dv_is == "D" else HEAD_SIZES[-1 - HEAD_SIZES.index(D)]
-    for L, S in [(5, 7), (67, 197)]:
+    for L, S in [(5, 7), (67, 197) if dtype == F32 else (35, 101)]:  # a tile holds half as many float64
         arrays = inputs(rng, (), 1, 1, L, S, D, Dv, dtype)
         for options in {}, {"causal": True}:
             check(arrays, options, told(arrays, options, seed))
@@ -190,7 +190,7 @@ def test_layouts(layout, name, dtype, seed):
         out = LAYOUTS[layout](out)
     arguments["sinks"] = arguments["sinks"].repeat(2)[::2]
     arrays, options = split(arguments)
-    for chosen in [options, {}, {"causal": True}]:
+    for chosen in [options] if name in ("bias", "mask") else [options, {}, {"causal": True}]:
         check(arrays, chosen, told(arrays, chosen, seed, layout=layout, argument=name), out)
 
 
@@ -204,7 +204,7 @@ def test_zero_strides(broadcast, name, dtype, seed):
         if name in (argument, "all") and argument != "sinks":
             arguments[argument] = BROADCASTS[broadcast](arguments[argument])
     arrays, options = split(arguments)
-    for chosen in [options, {}, {"causal": True}]:
+    for chosen in [options] if name in ("bias", "mask") else [options, {}, {"causal": True}]:
         check(arrays, chosen, told(arrays, chosen, seed, broadcast=broadcast, argument=name))
 
 
@@ -229,7 +229,7 @@ def mask_forms(B, H, L, S):
 
 def options_alone(rng, B, H, L, S, dtype):
     for form in mask_forms(B, H, L, S):
-        for density in (0, 0.02, 0.5, 0.98, 1):
+        for density in (0, 0.02, 0.6, 1):
             yield {"mask": rng.random(form) < density}
         yield {"bias": rng.standard_normal(form).astype(dtype)}
         bias = (30 * rng.standard_normal(form)).astype(dtype)
@@ -274,6 +274,8 @@ def blocks(rng, B, H, L, S):
 @pytest.mark.parametrize("L, S", [(1, 100), (19, 7), (37, 130), (100, 200)])
 def test_each_option_alone(L, S, dtype, seed):
     B, H = 2, 2
+    if dtype == F64 and L > 50:
+        L //= 2  # a tile holds half as many
     rng = generator(seed, L, S)
     arrays = inputs(rng, (B,), H, 1, L, S, 8, 9, dtype)
     for number, options in enumerate(options_alone(rng, B, H, L, S, dtype)):
@@ -286,11 +288,11 @@ def test_each_option_alone(L, S, dtype, seed):
 def calls(draw):
     """(arrays, options, number): any sizes, any options; `number` is what the values were drawn from."""
     dtype = draw(st.sampled_from([F32, F64]))
-    lead = draw(st.sampled_from([(), (1,), (2,), (2, 2)]))
-    B, Hkv, group = math.prod(lead), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    lead = draw(st.sampled_from([(), (1,), (2,), (2, 1)]))
+    B, Hkv, group = math.prod(lead), draw(st.integers(1, 2)), draw(st.integers(1, 2))
     H = Hkv * group
     L, S = (draw(st.sampled_from([0, *LENGTHS])) for _ in range(2))
-    D, Dv = (draw(st.sampled_from([1, 8, 0, 3, 16, 17, 33, 64, 70, 130])) for _ in range(2))
+    D, Dv = (draw(st.sampled_from([1, 8, 0, 3, 16, 17, 33])) for _ in range(2))
     number = draw(st.integers(0, 2**32 - 1))
     return dtype, lead, B, H, Hkv, L, S, D, Dv, number, draw(choices(H, L, S, lead))
 
@@ -553,7 +555,7 @@ def visibility(arrays, options):
 @pytest.mark.parametrize("layout", ["contiguous", "columns first"])
 @pytest.mark.parametrize("kind", restrictions(np.random.default_rng(0), 2, 1, 1, 200, F32))
 def test_hidden_nan_and_inf_change_no_bit(kind, layout, dtype, seed):
-    """NaN and Inf in every key and value in turn: rows that do not see it keep their bits, the others show it."""
+    """NaN and Inf at every key and value in turn: rows that do not see it keep their bits, the others show it."""
     B, H, L, S, D, Dv = 2, 1, 50, 200, 3, 4
     rng = generator(seed, kind, layout)
     q, k, v = inputs(rng, (B,), H, H, L, S, D, Dv, dtype)
@@ -563,12 +565,14 @@ def test_hidden_nan_and_inf_change_no_bit(kind, layout, dtype, seed):
     visible = visibility((q, k, v), options)
     allowed = bound(q, k, v, **options).out
     assert not visible.all()
-    for j, bad in itertools.product(range(S), [NAN, INF, -INF]):
+    for j in range(S):
         seen, hidden = visible[..., j], ~visible[..., j]
-        context = told((q, k, v), options, seed, layout=layout, position=j, poison=bad)
-        for name, array, columns in [("key", k, slice(None)), ("key", k, j % D), ("value", v, slice(None)),
-                                     ("value", v, j % Dv)]:
-            where = {**context, "in": name, "columns": columns}
+        context = told((q, k, v), options, seed, layout=layout, position=j)
+        infinity = INF if j % 2 else -INF
+        for name, array, columns, bad in [("key", k, slice(None), NAN), ("key", k, j % D, infinity),
+                                          ("value", v, slice(None), NAN), ("value", v, j % Dv, NAN),
+                                          ("value", v, j % Dv, infinity)]:
+            where = {**context, "in": name, "columns": columns, "poison": bad}
             saved = array[:, :, j].copy()
             array[:, :, j, columns] = bad
             result, lse = fa.attention(q, k, v, return_lse=True, **options)
@@ -617,7 +621,7 @@ def test_live_nan_and_inf_propagate(form, dtype, seed):
     bad_values = [NAN, INF, -INF]
     for S in range(1, 201):
         rng = generator(seed, form, S)
-        places = sorted({p for p in [*BORDERS, S // 2, S - 1] if p < S})
+        places = sorted({p for p in [0, S // 2, S - 1, *(BORDERS if S % 7 == 4 else [])] if p < S})
         targets = ["query", "key", "value"] + ["bias"] * (form == "bias")
         cases = [(place, target) for place in places for target in targets]
         B = len(cases)

@@ -201,7 +201,7 @@ QUERIES = (
 )
 
 # Each sentence starts with a dash; its lines are joined.
-SENTENCES = """
+TEXT = """
 - Venus spins backwards.
 - Jupiter is the largest planet of the solar system.
 - The Moon always turns nearly the same face towards the Earth.
@@ -302,7 +302,7 @@ SENTENCES = """
 - Children learn the grammar of their first language without being taught its rules.
 - Written Chinese uses thousands of characters, each of which stands for a syllable that has a meaning of its own.
 """
-SENTENCES = tuple(" ".join(sentence.split()) for sentence in SENTENCES.strip().removeprefix("- ").split("\n- "))
+SENTENCES = tuple(" ".join(sentence.split()) for sentence in TEXT.strip().removeprefix("- ").split("\n- "))
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -9,11 +9,11 @@ One task is (batch, head, block of queries); queries live in vector lanes. Memor
     Qt [D][LANES]      the block of queries, transposed once
     S  [BLOCK][LANES]  scores of a block of keys, then their weights: written and read by every stage below
     Ot [Dv][LANES]     the running output, transposed, unnormalised
-    m, l, c [LANES]    running maximum (in units of log 2), running sum, and the factor of the last rescaling
+    m, l, c [LANES]    reference of the exponential, running sum, and the factor of the last rescaling
 
 For each block of keys, at fixed multiples of BLOCK so that a row's sums do not depend on where its block of queries starts:
 
-    S = K Qt  →  softcap, bias, masks  →  P = 2^(S κ - m)  →  Ot = Ot c + Vt P
+    S = K Qt  →  softcap, bias, masks  →  P = 2^((S - m) κ)  →  Ot = Ot c + Vt P
 
 Glossary: B H Hkv L S D Dv as in fastattn.h; q k v o lse; m maximum, l sum; lo/hi: lane i sees keys lo <= j < hi.
 """
@@ -32,6 +32,7 @@ cdef enum:
     DEPTH = 64              # longest sum over D, where D is past twice that
     CHAINS = 8              # interleaved sums of a block's weights; BLOCK is even, so pairs of keys do not straddle blocks
     WASTE = 24              # vector x key products a wider segment may waste: narrow ones run at 0.8 of the speed
+    CLEAN = 16              # columns of values that are cleaned at once, where some are not finite
     POLL_EVERY = 8          # blocks of keys between two looks at `stop`
 
 include "products.pxi"
@@ -76,6 +77,7 @@ cdef struct Task:
     real* hi_rel
     real* packed_k
     real* packed_v
+    real* clean                     # [BLOCK][CLEAN] values without infinities and NaN
 
 
 cdef inline int64_t offset(const fastattn_problem* p, const fastattn_array* a, int64_t b, int64_t h) noexcept nogil:
@@ -136,28 +138,29 @@ cdef void intervals(Task* t, int64_t n_keys) noexcept nogil:
 cdef void poisoned_values(Task* t, int first, int vectors, const real* v, Py_ssize_t row, int64_t begin,
                           int64_t end) noexcept nogil:
     # A block where some lane does not see some key, and some value is infinite or NaN. 0 · NaN would reach the lanes that
-    # do not see it: the product runs on a copy whose poisoned rows are zero, then those rows go to the lanes that see them.
+    # do not see it: the product runs on a copy, a few columns at a time, with zeros in the place of those values; then
+    # they go to the lanes that see them, one by one. Every finite column keeps its bits.
     cdef Py_ssize_t Dv = t.p.Dv
-    cdef Py_ssize_t j, d, i
+    cdef Py_ssize_t j, d, i, width
     cdef Py_ssize_t lane = first*VL
-    cdef const real* from_
-    cdef real* S = t.S + begin % BLOCK*LANES
-    for j in range(end - begin):
-        from_ = v + j*row
-        if all_finite(from_, row, 1, Dv):
-            for d in range(Dv):
-                t.packed_v[j*Dv + d] = from_[d]
-        else:
-            for d in range(Dv):
-                t.packed_v[j*Dv + d] = 0
-    product_t(vectors, t.packed_v, Dv, S + lane, end - begin, t.Ot + lane, Dv, t.c + lane)
-    for j in range(end - begin):
-        from_ = v + j*row
-        if not all_finite(from_, row, 1, Dv):
-            for i in range(lane, min(lane + <Py_ssize_t>vectors*VL, t.n_queries)):
-                if visible(t, i, begin + j):
-                    for d in range(Dv):
-                        t.Ot[d*LANES + i] += from_[d]*S[j*LANES + i]
+    cdef Py_ssize_t at = begin % BLOCK*LANES
+    cdef Py_ssize_t column = 0
+    cdef real x
+    while column < Dv:
+        width = min(<Py_ssize_t>CLEAN, Dv - column)
+        for j in range(end - begin):
+            for d in range(width):
+                x = v[j*row + column + d]
+                t.clean[j*CLEAN + d] = x if x - x == 0 else 0
+        product_t(vectors, t.clean, CLEAN, t.S + at + lane, end - begin, t.Ot + column*LANES + lane, width, t.c + lane)
+        for j in range(end - begin):
+            for d in range(width):
+                x = v[j*row + column + d]
+                if x - x != 0:
+                    for i in range(lane, min(lane + <Py_ssize_t>vectors*VL, t.n_queries)):
+                        if visible(t, i, begin + j):
+                            t.Ot[(column + d)*LANES + i] += x*t.S[at + j*LANES + i]
+        column += CLEAN
 
 
 cdef inline bint finite_lanes(const real* m, int vectors) noexcept nogil:
@@ -312,30 +315,46 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
                     begin, stop, mask)
 
 
-cdef void finish(Task* t, real* out, real* lse) noexcept nogil:
-    # out = Ot / l, lse = ln 2 · m + ln l. A row without a visible key is zero, with lse -inf (its sink's logit, if any).
+cdef double finish_row(Task* t, Py_ssize_t i) noexcept nogil:
+    # The row's log-sum-exp; its factor in t.c where that is not 1/l. A sink is one more logit, without a value. A row without
+    # a visible key is zero and has its sink's logit, or -inf.
     cdef const fastattn_problem* p = t.p
-    cdef Py_ssize_t i
+    cdef double m = t.m[i]*(t.kappa*0.69314718055994530942)       # in nats; the product of constants first: it is near scale
+    cdef double l = t.l[i]
+    cdef double sink = -INFINITY
+    cdef double top
     cdef int64_t j
-    cdef double m
-    for i in range(t.n_queries):
-        if t.l[i] == 0:
-            # Nothing visible, unless visible scores are all -inf, which came from infinite inputs: softmax of them is NaN.
-            j = t.lo[i]
-            while j < t.hi[i] and not visible(t, i, j):
-                j += 1
-            if j < t.hi[i]:
-                t.l[i] = NAN
+    if p.sinks != NULL:
+        sink = (<const real*>p.sinks)[t.h]
+    if l == 0:
+        # Nothing is visible, or all visible scores are -inf, which came from infinite inputs: softmax of them is NaN.
+        j = t.lo[i]
+        while j < t.hi[i] and not visible(t, i, j):
+            j += 1
+        if j == t.hi[i] or sink - sink == 0:
+            return sink
+        l = NAN
+        t.c[i] = NAN
+    if sink == -INFINITY:
+        return m + log(l)
+    top = m if m > sink else sink
+    l = l*exp(m - top) + exp(sink - top)
+    t.c[i] = <real>(exp(m - top)/l)
+    return top + log(l)
+
+
+cdef void finish(Task* t, real* out, real* lse) noexcept nogil:
+    # out = Ot / l
+    cdef Py_ssize_t i
+    cdef double row_lse
     for i in range(t.vectors*VL):
         t.c[i] = 1/t.l[i] if t.l[i] != 0 else <real>0
-    write_out(t.Ot, t.c, t.n_queries, t.vectors, p.Dv, out, p.out.row, p.out.col)
-    if lse != NULL:
-        for i in range(t.n_queries):
-            if t.l[i] == 0:
-                lse[i*p.lse.row] = -INFINITY
-            else:
-                m = t.m[i]
-                lse[i*p.lse.row] = <real>(m*0.69314718055994530942 + log(<double>t.l[i]))
+    for i in range(t.n_queries):
+        if t.l[i] == 0 or t.p.sinks != NULL or lse != NULL:
+            row_lse = finish_row(t, i)
+            if lse != NULL:
+                lse[i*t.p.lse.row] = <real>row_lse
+    write_out(t.Ot, t.c, t.n_queries, t.vectors, t.p.Dv, out, t.p.out.row, t.p.out.col)
 
 
 cdef void empty_rows(const fastattn_problem* p, Py_ssize_t n, real* out, real* lse) noexcept nogil:
@@ -354,7 +373,7 @@ cdef Py_ssize_t aligned(Py_ssize_t n) noexcept nogil:
 cdef size_t scratch(const fastattn_problem* p) noexcept nogil:
     return sizeof(real)*<size_t>(aligned(p.D*LANES) + BLOCK*LANES + aligned(p.Dv*LANES) + (7 + CHAINS)*LANES
                                  + aligned(BLOCK*p.D if p.key.col != 1 else 0)
-                                 + aligned(BLOCK*p.Dv))
+                                 + aligned(BLOCK*p.Dv if p.value.col != 1 else 0) + BLOCK*CLEAN)
 
 
 cdef int64_t blocks(int64_t L, int64_t heads, int64_t threads) noexcept nogil:
@@ -435,21 +454,24 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
     t.total = t.base + LANES
     t.lo_rel = t.total + CHAINS*LANES
     t.hi_rel = t.lo_rel + LANES
-    t.packed_v = t.hi_rel + LANES
-    t.packed_k = t.packed_v + aligned(BLOCK*p.Dv)
+    t.clean = t.hi_rel + LANES
+    t.packed_k = t.clean + BLOCK*CLEAN
+    t.packed_v = t.packed_k + aligned(BLOCK*p.D if p.key.col != 1 else 0)
 
-    # The scale joins the exponent. Its sign goes into Q, exactly, so that the largest score has the largest exponent;
-    # where a softcap or a bias makes logits of the scores, they apply it and the exponent keeps log2 e.
+    # The scale joins the exponent. Its sign goes into Q, exactly, so that the largest score has the largest exponent; where a
+    # softcap or a bias makes logits of the scores, they apply it and the exponent keeps log2 e.
     kappa = 1.4426950408889634
     if p.softcap == 0 and t.bias == NULL:
-        kappa *= p.scale
-        if kappa < 0:
-            kappa = -kappa
-            sign = -1
+        sign = -1 if p.scale < 0 else 1
+        kappa *= 0.25*p.scale*sign
+        if kappa > 0.25*REAL_MAX:           # past the largest number: a power of two goes into Q as well
+            sign *= 4
+        else:
+            kappa *= 4
         if <real>kappa == 0:
             kappa = 1
             sign = 0
-    t.kappa = <real>min(kappa, <double>REAL_MAX)
+    t.kappa = <real>kappa
     t.plain = p.softcap == 0 and t.bias == NULL
     t.settled = True
     t.cold = n_blocks <= 4
@@ -459,10 +481,6 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
     for i in range(LANES):
         t.m[i] = -INFINITY
         t.l[i] = 0
-        if p.sinks != NULL:             # a key without a value
-            t.m[i] = (<const real*>p.sinks)[t.h]*<real>1.4426950408889634
-            t.l[i] = 0 if t.m[i] < -REAL_MAX else 1
-        t.base[i] = 0 if t.m[i] < -REAL_MAX else t.m[i]
 
     k_begin = t.lo_min[0]
     k_end = t.hi_max[0]

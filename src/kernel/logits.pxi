@@ -13,6 +13,11 @@ cdef void softcap_pass(real* S, int vectors, Py_ssize_t n, real scale, real cap)
             v_store(S + j*LANES + g*VL, v_mul(outer, v_tanh(v_mul(inner, v_load(S + j*LANES + g*VL)))))
 
 
+cdef inline vf biased(vf s, vf scale, vf b) noexcept nogil:
+    # -inf masks: selected, because a NaN score plus -inf would be NaN
+    return v_where_lt(b, v_set1(-REAL_MAX), v_set1(-INFINITY), v_fma(s, scale, b))
+
+
 cdef void bias_pass(real* S, int vectors, Py_ssize_t n, real scale, const real* bias, Py_ssize_t row, Py_ssize_t col,
                     Py_ssize_t n_queries) noexcept nogil:
     # S[j, i] = S[j, i] · scale + bias[i, j]; bias points at the first query and key of the tile.
@@ -27,7 +32,7 @@ cdef void bias_pass(real* S, int vectors, Py_ssize_t n, real scale, const real* 
             b = v_set1(bias[j*col])
             for g in range(vectors):
                 s = S + j*LANES + g*VL
-                v_store(s, v_fma(v_load(s), k, b))
+                v_store(s, biased(v_load(s), k, b))
         return
     for g in range(vectors):
         first = g*VL
@@ -43,7 +48,7 @@ cdef void bias_pass(real* S, int vectors, Py_ssize_t n, real scale, const real* 
             v_transpose(&t)
             for i in range(width):
                 s = S + (j + i)*LANES + first
-                v_store(s, v_fma(v_load(s), k, t.row[i]))
+                v_store(s, biased(v_load(s), k, t.row[i]))
             j += VL
 
 

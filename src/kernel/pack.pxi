@@ -8,7 +8,7 @@ cdef inline vf load_row(const real* p, Py_ssize_t stride, Py_ssize_t n) noexcept
 
 cdef void pack_queries(const real* q, Py_ssize_t row, Py_ssize_t col, Py_ssize_t n_queries, int vectors, Py_ssize_t D,
                        real sign, real* Qt) noexcept nogil:
-    # Qt[d, i] = sign · q[i, d]; lanes past the last query get zeros. sign is 1, -1 or 0: exact.
+    # Qt[d, i] = sign · q[i, d]; lanes past the last query get zeros. sign is 0 or ± a power of two: exact.
     cdef v_square t
     cdef Py_ssize_t d, i, n, first
     cdef int g

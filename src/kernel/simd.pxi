@@ -4,6 +4,7 @@
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t
 
 cdef extern from "<math.h>" nogil:
+    double exp(double)
     double log(double)
     const double INFINITY
     const double NAN

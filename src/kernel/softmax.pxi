@@ -1,11 +1,12 @@
 # One block of keys through the online softmax (Milakov & Gimelshein 2018), on tiles whose lanes are queries:
 #
-#     m' = m, or the block's maximum where that is larger than m by more than HEADROOM      new_reference
-#     P_j = 2^(S_j κ - m')                                                                  weigh, or fused_step with S = K Qt
-#     l' = l c + sum_j P_j,  c = 2^(m - m')                                                 add_sums
+#     m' = m, or the block's maximum where a weight would pass 2^HEADROOM                   new_reference
+#     P_j = 2^((S_j - m') κ)                                                                weigh, or fused_step with S = K Qt
+#     l' = l c + sum_j P_j,  c = 2^((m - m') κ)                                             add_sums
 #
-# κ = scale · log2 e turns the exponential into 2^x; m is kept in that unit. S_j κ - m' is one FMA, so the scale adds no
-# rounding where logits are large. Maximum, exponential and sum are vertical: no lane ever meets another.
+# κ = scale · log2 e turns the exponential into 2^x. It is applied to the difference, so that the rounding of the scale is
+# small where the weight is large, and equal scores weigh the same however large they are: rows that a bias of -1e30 hides
+# throughout are uniform. Maximum, exponential and sum are vertical: no lane ever meets another.
 #
 # m is a reference, not the maximum: weights up to 2^HEADROOM lose nothing, and m then rarely moves after the first block.
 # So a later block is weighed with the m it finds, which lets `fused_step` weigh a tile of scores while the next one is
@@ -35,10 +36,10 @@ cdef inline void weigh(const int nv, real* S, Py_ssize_t first, Py_ssize_t n, re
         chain = total + j//2 % CHAINS*LANES
         pair = j % 2 == 0 and j + 1 < first + n
         for g in range(nv):
-            x = v_exp2(v_fms(v_load(S + g*VL), k, base[g]))
+            x = v_exp2(v_mul(v_sub(v_load(S + g*VL), base[g]), k))
             v_store(S + g*VL, x)
             if pair:
-                y = v_exp2(v_fms(v_load(S + LANES + g*VL), k, base[g]))
+                y = v_exp2(v_mul(v_sub(v_load(S + LANES + g*VL), base[g]), k))
                 v_store(S + LANES + g*VL, y)
                 x = v_add(x, y)
             v_store(chain + g*VL, v_add(v_load(chain + g*VL), x))
@@ -96,7 +97,7 @@ cdef inline void tile_n_weighing(const int mr, const int nv, const real* A, Py_s
     for r in range(mr):
         chain = total + (first + r)//2 % CHAINS*LANES
         for j in range(nv):
-            x = v_exp2(v_fms(v_load(W + r*LANES + j*VL), v_set1(kappa), v_load(m + j*VL)))
+            x = v_exp2(v_mul(v_sub(v_load(W + r*LANES + j*VL), v_load(m + j*VL)), v_set1(kappa)))
             v_store(W + r*LANES + j*VL, x)
             if r % 2 == 1:
                 x = v_add(v_load(W + (r - 1)*LANES + j*VL), x)
@@ -181,6 +182,7 @@ cdef inline void maximum(const int nv, const real* S, Py_ssize_t n, real* result
 cdef void new_reference(int vectors, const real* S, Py_ssize_t n, real kappa, real* m, real* base, real* c) noexcept nogil:
     # Move m to the maximum of the n rows at S where that is past m + HEADROOM.
     cdef vf top, old, new
+    cdef vf k = v_set1(kappa)
     cdef int g = 0
     while g + 4 <= vectors:
         maximum(4, S + g*VL, n, base + g*VL)
@@ -189,10 +191,10 @@ cdef void new_reference(int vectors, const real* S, Py_ssize_t n, real kappa, re
         maximum(1, S + g*VL, n, base + g*VL)
         g += 1
     for g in range(vectors):
-        top = v_mul(v_load(base + g*VL), v_set1(kappa))
+        top = v_load(base + g*VL)
         old = v_load(m + g*VL)
-        new = v_where_lt(v_add(old, v_set1(HEADROOM)), top, top, old)
+        new = v_where_lt(v_set1(HEADROOM), v_mul(v_sub(top, old), k), top, old)
         v_store(m + g*VL, new)
         new = v_where_lt(new, v_set1(-REAL_MAX), v_zero(), new)
         v_store(base + g*VL, new)
-        v_store(c + g*VL, v_exp2(v_sub(old, new)))
+        v_store(c + g*VL, v_exp2(v_mul(v_sub(old, new), k)))

@@ -1,0 +1,295 @@
+"""Nothing outside the arrays is read or written; scratch and results are all the memory a call takes.
+
+Arrays lie flush against pages that may not be touched, in a process of its own: a stray access ends that process, and
+the failure's message names its last case.
+"""
+
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastattn as fa
+
+needs_mprotect = pytest.mark.skipif(not (sys.platform.startswith("linux") or sys.platform == "darwin"),
+                                    reason="guard pages are made with mprotect")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+
+# Runs in the child: `flush(name, array)` moves an array, `case(...)` notes what is about to happen.
+HARNESS = """
+import ctypes, itertools, mmap, os, sys
+import numpy as np
+import fastattn as fa
+from fastattn import _runtime, checks
+
+PAGE, GUARD = mmap.PAGESIZE, 16 * mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+note = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 0)
+seed, side = int(sys.argv[2]), sys.argv[3]
+dtype = np.dtype(sys.argv[4])
+rng = np.random.default_rng(seed)
+
+
+def case(**what):
+    what = {name: value.shape if isinstance(value, np.ndarray) else value for name, value in what.items()}
+    text = repr(what).encode()
+    note[:len(text) + 1] = text + bytes(1)
+
+
+class Arena:
+    # Pages of memory between guards that can be neither read nor written.
+
+    def __init__(self, size):
+        self.size = -(-size // PAGE) * PAGE
+        self.pages = mmap.mmap(-1, self.size + 2 * GUARD)
+        self.begin = ctypes.addressof(ctypes.c_char.from_buffer(self.pages)) + GUARD
+        for guard in self.begin - GUARD, self.begin + self.size:
+            if libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(GUARD), 0):
+                raise OSError(ctypes.get_errno(), "mprotect")
+        self.bytes = np.frombuffer(self.pages, np.uint8, self.size, GUARD)
+
+    def take(self, n_bytes):
+        # n bytes that begin at the arena's first byte or end at its last
+        return self.bytes[:n_bytes] if side == "begin" else self.bytes[self.size - n_bytes:]
+
+
+arenas = {}
+
+def place(name, shape, dtype, order="C"):
+    dtype = np.dtype(dtype)
+    n_bytes = int(np.prod(shape)) * dtype.itemsize
+    if name not in arenas or arenas[name].size < n_bytes:
+        arenas[name] = Arena(max(n_bytes, 64 * PAGE))
+    memory = arenas[name].take(n_bytes).view(dtype)
+    if order == "C":
+        return memory.reshape(shape)
+    axes = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2)     # the last two axes swapped in memory
+    return memory.reshape([shape[axis] for axis in axes]).transpose(axes)
+
+
+def flush(name, array, order="C"):
+    there = place(name, array.shape, array.dtype, order)
+    there[...] = array
+    return there
+
+
+# lse, and out where it is not given, come from here.
+results = itertools.count()
+checks.aligned_empty = lambda shape, dtype: place(("result", next(results) % 2), shape, dtype)
+
+POOL = rng.standard_normal(1 << 16).astype(dtype)
+BOOLS = rng.random(1 << 16) < 0.6
+
+def some(*shape, pool=POOL):
+    n = int(np.prod(shape))
+    at = int(rng.integers(len(pool) - n))
+    return pool[at:at + n].reshape(shape)
+"""
+
+# Every S and D with a few L: a plain call, and one with all options; unit strides, and the last two axes swapped.
+EVERY_S_AND_D = """
+LS = [1, 3, 17, 66]
+for S, D in itertools.product(range(1, 71), range(1, 71)):
+    for order in "CF":
+        L = LS[(S + D + (order == "F")) % 4]
+        case(L=L, S=S, D=D, order=order)
+        q = flush("query", some(L, D), order)
+        k = flush("key", some(S, D), order)
+        v = flush("value", some(S, D), order)
+        out = place("out", (L, D), dtype, order)
+        fa.attention(q, k, v, out=out)
+        L_form, S_form = [(L, S), (L, 1), (1, S), (L, S)][(S + 3 * D) % 4]
+        options = dict(
+            mask=flush("mask", some(L_form, S_form, pool=BOOLS), order), bias=flush("bias", some(L, S), order),
+            sinks=flush("sinks", some(1)), causal=S % 2 == 0, window=(S // 2, 5) if D % 3 == 0 else None,
+            softcap=4.0 if D % 2 else None, kv_lengths=S - S // 3 if S % 5 == 0 else None,
+            query_lengths=L - L // 3 if D % 5 == 0 else None)
+        case(L=L, S=S, D=D, order=order, **options)
+        result, lse = fa.attention(q, k, v, out=out, return_lse=True, **options)
+        fa.attention(q, k, v, mask=options["mask"])
+        fa.attention(q, k, v, bias=options["bias"], causal=True, return_lse=True)
+"""
+
+# Every L with a few S and D; more heads and batches, so that the flush ones are the first and the last of several.
+EVERY_L = """
+for L, S, D in itertools.product(range(1, 131), [1, 2, 5, 17, 100], [1, 4, 19]):
+    Dv = D + L % 3
+    for order in "CF":
+        case(L=L, S=S, D=D, Dv=Dv, order=order)
+        q = flush("query", some(2, 2, L, D), order)
+        k = flush("key", some(2, 1, S, D), order)
+        v = flush("value", some(2, 1, S, Dv), order)
+        mask = flush("mask", some(2, 1, L, S, pool=BOOLS), order)
+        bias = flush("bias", some(2, L, S), order)
+        out = place("out", (2, 2, L, Dv), dtype, order)
+        fa.attention(q, k, v, out=out, num_threads=1)
+        fa.attention(q, k, v, out=out, mask=mask, return_lse=True, query_lengths=[L, L // 2])
+        fa.attention(q, k, v, out=out, bias=bias, causal=True, return_lse=True, sinks=flush("sinks", some(2)))
+        fa.attention(q, k, v, out=out, window=3, kv_lengths=[S // 2, S])
+"""
+
+# Steps and reversals: the flush element is the first or the last that the view reaches.
+STEPS = """
+for L, S, D in itertools.product([1, 16, 37, 70], [1, 7, 16, 97, 200], [1, 3, 8, 16, 17, 40]):
+    for step in 2, -1, -3:
+        def stepped(name, array):
+            wide = place(name, [(n - 1) * abs(step) + 1 for n in array.shape], array.dtype)
+            view = wide[::step, ::step]
+            view[...] = array
+            return view
+        case(L=L, S=S, D=D, step=step)
+        q, k, v = (stepped(n, some(m, D)) for n, m in [("query", L), ("key", S), ("value", S)])
+        out = stepped("out", np.zeros((L, D), dtype))
+        fa.attention(q, k, v, out=out)
+        fa.attention(q, k, v, out=out, bias=stepped("bias", some(L, S)), mask=stepped("mask", some(L, S, pool=BOOLS)),
+                     causal=True, return_lse=True, softcap=3.0)
+"""
+
+# NaN and infinities take paths of their own; so does a maximum that rises from block to block.
+RARE_PATHS = """
+for L, S, D in itertools.product([1, 17, 66], [1, 40, 96, 97, 200], [1, 3, 16, 19, 33]):
+    for order in "CF":
+        case(L=L, S=S, D=D, order=order)
+        q = flush("query", some(L, D), order)
+        k = flush("key", some(S, D) * np.arange(S)[:, None].astype(dtype), order)
+        v = flush("value", some(S, D), order)
+        mask = flush("mask", some(L, S, pool=BOOLS), order)
+        out = place("out", (L, D), dtype, order)
+        fa.attention(q, k, v, out=out, scale=3.0)
+        for row in {0, S // 2, S - 1}:
+            v[row, D // 2] = np.nan
+            k[row, 0] = np.inf
+            fa.attention(q, k, v, out=out, causal=True, return_lse=True)
+            fa.attention(q, k, v, out=out, mask=mask)
+            fa.attention(q, k, v, out=out, window=9, query_offset=-5)
+"""
+
+
+def run(tmp_path, body, *arguments):
+    """(return code, last case, errors) of a child that runs HARNESS and `body`."""
+    note, program = tmp_path / "case", tmp_path / "program.py"
+    note.write_bytes(bytes(mmap.PAGESIZE))
+    program.write_text(HARNESS + body)
+    child = subprocess.run([sys.executable, program, note, *map(str, arguments)], cwd=tmp_path, capture_output=True,
+                           text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "FASTATTN_ISA": fa.isa()})
+    return child.returncode, note.read_bytes().split(b"\0")[0].decode(), child.stderr
+
+
+def assert_survives(tmp_path, body, seed, side, dtype):
+    code, case, errors = run(tmp_path, body, seed, side, dtype)
+    what = "touched memory outside an array" if code in (-signal.SIGSEGV, -signal.SIGBUS) else f"ended with {code}"
+    assert code == 0, (f"isa={fa.isa()}, dtype={dtype}, arrays flush at their {side}, seed={seed}: {what} at {case}\n"
+                       f"{errors}")
+
+
+@needs_mprotect
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("side", ["begin", "end"])
+@pytest.mark.parametrize("body", [EVERY_S_AND_D, EVERY_L, STEPS, RARE_PATHS],
+                         ids=["every S and D", "every L", "steps", "rare paths"])
+def test_nothing_outside_the_arrays_is_touched(body, side, dtype, tmp_path, seed):
+    assert_survives(tmp_path, body, seed, side, dtype)
+
+
+# Each touches one element outside an array of 5 rows and 3 columns that is flush on the side given; from "key" on it is
+# the kernel that does so, through a view that claims a row too many.
+STRAY = {
+    "read after": ("end", "over(a)[5, 0].item()"),
+    "read before": ("begin", "as_strided(a, (6, 3), (-12, 4))[1, 0].item()"),
+    "write after": ("end", "over(a)[5, 0] = 1"),
+    "write before": ("begin", "as_strided(a, (6, 3), (-12, 4))[1, 0] = 1"),
+    "swapped axes": ("end", "over(flush('f', some(5, 3), 'F'))[5, 2].item()"),
+    "bytes": ("end", "as_strided(flush('m', some(5, 3, pool=BOOLS)), (16,), (1,))[15].item()"),
+    "key": ("end", "fa.attention(some(2, 3), over(a), some(6, 3))"),
+    "value": ("end", "fa.attention(some(2, 3), some(6, 3), over(a))"),
+    "query": ("end", "fa.attention(over(a), some(4, 3), some(4, 3))"),
+    "bias": ("end", "fa.attention(some(6, 2), some(3, 2), some(3, 2), bias=over(a))"),
+    "mask": ("end", "fa.attention(some(6, 2), some(3, 2), some(3, 2), mask=over(flush('m', some(5, 3, pool=BOOLS))))"),
+    "out": ("end", "fa.attention(some(6, 3), some(4, 3), some(4, 3), out=over(a))"),
+    "lse": ("end", "p = checks.problem(some(6, 3), some(4, 3), some(4, 3), return_lse=True); "
+                   "p.lse = over(place('lse', (1, 5), dtype).T).T; _runtime.forward(p)"),
+}
+
+
+@needs_mprotect
+@pytest.mark.compiled
+@pytest.mark.parametrize("how", STRAY)
+def test_harness_sees_one_stray_element(how, tmp_path, seed):
+    side, body = STRAY[how]
+    start = """
+from numpy.lib.stride_tricks import as_strided
+over = lambda array: as_strided(array, (array.shape[0] + 1, array.shape[1]), array.strides)
+a = flush("a", some(5, 3))
+case(here="before")
+"""
+    code, case, errors = run(tmp_path, start + body + "\ncase(here='after')\n", seed, side, "float32")
+    assert code in (-signal.SIGSEGV, -signal.SIGBUS) and case == "{'here': 'before'}", (how, code, case, errors)
+
+
+# --- how much memory ---
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_scratch_is_at_most_a_mebibyte_a_thread(dtype):
+    sizes = [*range(0, 512, 31), 511, 512]
+    largest = max((max(fa._runtime.scratch_bytes(D, Dv, dtype)), D, Dv) for D in sizes for Dv in sizes)
+    assert largest[0] <= 2**20, f"isa={fa.isa()}, dtype={dtype}: {largest[0]} bytes for D, Dv = {largest[1:]}"
+
+
+PEAK = """
+import sys
+import numpy as np
+import fastattn as fa
+
+def peak():
+    # Of this process alone: what getrusage reports includes the parent's peak until exec.
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024
+
+L = S = 8192
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((1, 1, S, 64), np.float32) for _ in range(3))
+row = rng.standard_normal((1, S), np.float32)
+fa.attention(q[:, :, :100], k[:, :, :100], v[:, :, :100])
+before = peak()
+{call}
+print(peak() - before)
+"""
+CALLS = {
+    "plain": "fa.attention(q, k, v)",
+    "options": "fa.attention(q, k, v, mask=row < 1, bias=row, causal=True, softcap=5.0, sinks=row[0, :1], "
+               "return_lse=True)",
+    "swapped axes": "q, k, v = (a.swapaxes(2, 3).copy().swapaxes(2, 3) for a in (q, k, v)); fa.attention(q, k, v)",
+    "heads of 8": "q, k, v = (a.reshape(1, 8, S, 8) for a in (q, k, v)); fa.attention(q, k, v, window=500)",
+    "written out": "q @ k.swapaxes(2, 3)",
+}
+
+
+@needs_proc
+@pytest.mark.compiled
+@pytest.mark.parametrize("call", CALLS)
+def test_peak_memory_is_far_below_the_scores(call, tmp_path):
+    child = subprocess.run([sys.executable, "-c", PEAK.format(call=CALLS[call])], cwd=tmp_path, capture_output=True,
+                           text=True, timeout=300, env={**os.environ, "FASTATTN_ISA": fa.isa()})
+    assert child.returncode == 0, child.stderr
+    grown, scores = int(child.stdout), 8192 * 8192 * 4
+    if call == "written out":
+        assert grown >= scores, f"the measure misses memory: {grown} bytes"
+    else:
+        # The result is 2 MiB, the scratch 1 MiB a thread, the copies of "swapped axes" 6 MiB.
+        assert grown <= scores / 16, f"isa={fa.isa()}: {call} takes {grown} bytes; L x S scores are {scores}"
+
+
+def test_results_are_aligned():
+    q = np.ones((1, 3, 5, 7), np.float32)
+    for _ in range(20):
+        for options in {}, {"causal": True}, {"return_lse": True}, {"softcap": 2.0}:
+            results = fa.attention(q, q, q, **options)
+            for result in results if isinstance(results, tuple) else (results,):
+                assert result.ctypes.data % 64 == 0 and result.flags.c_contiguous
