@@ -40,6 +40,7 @@ typedef int32_t real_int;
 #define V_MANTISSA 23
 #define V_EXP_BIAS 127
 #define V_EXP2_FLOOR -151.0f        /* 2^-151 rounds to zero, 2^-150 is the tie that does */
+#define V_EXP2_CEILING 63.0f
 #define V_EXP2_LIFT 64              /* lifts every n in [-151, 63] into the normal exponents */
 #define V_MAGIC 12582912.0f         /* 1.5 * 2^23: adding it rounds to an integer held in the low bits */
 #elif FASTATTN_BITS == 64
@@ -49,6 +50,7 @@ typedef int64_t real_int;
 #define V_MANTISSA 52
 #define V_EXP_BIAS 1023
 #define V_EXP2_FLOOR -1076.0
+#define V_EXP2_CEILING 63.0
 #define V_EXP2_LIFT 512
 #define V_MAGIC 6755399441055744.0  /* 1.5 * 2^52 */
 #else
@@ -117,6 +119,17 @@ V_INLINE vf v_max(vf a, vf b) {
     return (vf)_mm256_max_pd((__m256d)a, (__m256d)b);
 #else
     return v_where_lt(b, a, a, b);
+#endif
+}
+
+/* a < b ? a : b: b where either is NaN. */
+V_INLINE vf v_min(vf a, vf b) {
+#if FASTATTN_VECTOR == 32 && FASTATTN_BITS == 32
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#elif FASTATTN_VECTOR == 32
+    return (vf)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+    return v_where_lt(a, b, a, b);
 #endif
 }
 
@@ -286,7 +299,7 @@ V_INLINE vf v_exp2_fraction(vf f) {
     return q;
 }
 
-/* 2^x for x <= 63: at most 1 ulp, denormal results kept, 2^-inf = +0, NaN kept. 2^0 is exactly 1. */
+/* 2^x for x <= 63, and some number of at least 2^63 above: at most 1 ulp, denormal results kept, 2^-inf = +0, NaN kept. 2^0 is exactly 1. */
 V_INLINE vf v_exp2(vf x) {
 #if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32
     /* The FMA units are what the products wait for: 16 powers in a register take two FMAs off them, 5 remain of 7.
@@ -304,7 +317,7 @@ V_INLINE vf v_exp2(vf x) {
     vf f = (vf)_mm512_reduce_pd((__m512d)x, 0);
     return (vf)_mm512_scalef_pd((__m512d)(v_exp2_fraction(f) * f + v_set1(1)), (__m512d)(x - f));
 #else
-    x = v_max(v_set1(V_EXP2_FLOOR), x);
+    x = v_min(v_set1(V_EXP2_CEILING), v_max(v_set1(V_EXP2_FLOOR), x));
     vf t = x + v_set1(V_MAGIC);
     vf f = x - (t - v_set1(V_MAGIC));
     /* 2^n in two factors, both normal: their product may be denormal and is rounded once. */
