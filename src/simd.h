@@ -67,6 +67,13 @@ enum {
     VL = FASTATTN_VECTOR / sizeof(real),
     LANES = FASTATTN_BITS == 32 ? 64 : 32,      /* queries of a block: one tile row is 256 bytes in either precision */
     BLOCK_VECTORS = LANES / VL,
+    /* A sum over the head size goes in one chain up to DEPTH_WHOLE, in chains of DEPTH past it. Where product and sum are
+     * rounded apart, shorter chains make up for it. */
+#if FASTATTN_VECTOR >= 32 || defined(__FMA__) || defined(__aarch64__)
+    DEPTH_WHOLE = 128, DEPTH = 64,
+#else
+    DEPTH_WHOLE = 16, DEPTH = 16,
+#endif
 #if FASTATTN_VECTOR == 64 || defined(__aarch64__)
     GROUP = BLOCK_VECTORS < 4 ? BLOCK_VECTORS : 4,  /* vectors a product takes at once */
     ROWS_1 = 12, ROWS_2 = 12, ROWS_3 = 8, ROWS_4 = 6,

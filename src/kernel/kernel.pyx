@@ -29,10 +29,9 @@ cdef enum:
     # products before it joins the running sum keeps the rounding error at that of pairwise schemes (docs/accuracy.md).
     BLOCK = 96
     HEADROOM = 10           # a maximum may exceed the reference of the exponential by this power of two
-    DEPTH = 64              # longest sum over D, where D is past twice that
     CHAINS = 8              # interleaved sums of a block's weights; BLOCK is even, so pairs of keys do not straddle blocks
     WASTE = 24              # vector x key products a wider segment may waste: narrow ones run at 0.8 of the speed
-    CLEAN = 16              # columns of values that are cleaned at once, where some are not finite
+    COPIED = 24             # columns of values that are copied at once where they cannot be read in place: whole tiles
     POLL_EVERY = 8          # blocks of keys between two looks at `stop`
 
 include "products.pxi"
@@ -76,8 +75,7 @@ cdef struct Task:
     real* lo_rel                    # lo and hi relative to the block of keys, as numbers
     real* hi_rel
     real* packed_k
-    real* packed_v
-    real* clean                     # [BLOCK][CLEAN] values without infinities and NaN
+    real* copied                    # [BLOCK][COPIED] values
 
 
 cdef inline int64_t offset(const fastattn_problem* p, const fastattn_array* a, int64_t b, int64_t h) noexcept nogil:
@@ -135,32 +133,40 @@ cdef void intervals(Task* t, int64_t n_keys) noexcept nogil:
             t.lo_min[g] = 0
 
 
-cdef void poisoned_values(Task* t, int first, int vectors, const real* v, Py_ssize_t row, int64_t begin,
-                          int64_t end) noexcept nogil:
-    # A block where some lane does not see some key, and some value is infinite or NaN. 0 · NaN would reach the lanes that
-    # do not see it: the product runs on a copy, a few columns at a time, with zeros in the place of those values; then
-    # they go to the lanes that see them, one by one. Every finite column keeps its bits.
-    cdef Py_ssize_t Dv = t.p.Dv
-    cdef Py_ssize_t j, d, i, width
+cdef void copied_values(Task* t, int first, int vectors, const real* v, int64_t begin, int64_t end,
+                        bint partial) noexcept nogil:
+    # Ot = Ot c + Vt P on a copy of V, a few columns at a time: for values whose last axis is not contiguous, and for blocks
+    # where some lane does not see some key while a value is infinite or NaN. There 0 · NaN would reach lanes that do not see
+    # it: the copy holds zeros in the place of those values, then they go one by one to the lanes that see them. Every finite
+    # column keeps its bits.
+    cdef const fastattn_problem* p = t.p
+    cdef Py_ssize_t row = p.value.row
+    cdef Py_ssize_t col = p.value.col
+    cdef Py_ssize_t n = end - begin
     cdef Py_ssize_t lane = first*VL
     cdef Py_ssize_t at = begin % BLOCK*LANES
     cdef Py_ssize_t column = 0
+    cdef Py_ssize_t j, d, i, width
+    cdef bint poisoned
     cdef real x
-    while column < Dv:
-        width = min(<Py_ssize_t>CLEAN, Dv - column)
-        for j in range(end - begin):
-            for d in range(width):
-                x = v[j*row + column + d]
-                t.clean[j*CLEAN + d] = x if x - x == 0 else 0
-        product_t(vectors, t.clean, CLEAN, t.S + at + lane, end - begin, t.Ot + column*LANES + lane, width, t.c + lane)
-        for j in range(end - begin):
-            for d in range(width):
-                x = v[j*row + column + d]
-                if x - x != 0:
-                    for i in range(lane, min(lane + <Py_ssize_t>vectors*VL, t.n_queries)):
-                        if visible(t, i, begin + j):
-                            t.Ot[(column + d)*LANES + i] += x*t.S[at + j*LANES + i]
-        column += CLEAN
+    while column < p.Dv:
+        width = min(<Py_ssize_t>COPIED, p.Dv - column)
+        pack_rows(v + column*col, row, col, n, width, t.copied)
+        poisoned = partial and not all_finite(t.copied, width, n, width)
+        if poisoned:
+            for i in range(n*width):
+                x = t.copied[i]
+                t.copied[i] = x if x - x == 0 else 0
+        product_t(vectors, t.copied, width, t.S + at + lane, n, t.Ot + column*LANES + lane, width, t.c + lane)
+        if poisoned:
+            for j in range(n):
+                for d in range(width):
+                    x = v[j*row + (column + d)*col]
+                    if x - x != 0:
+                        for i in range(lane, min(lane + <Py_ssize_t>vectors*VL, t.n_queries)):
+                            if visible(t, i, begin + j):
+                                t.Ot[(column + d)*LANES + i] += x*t.S[at + j*LANES + i]
+        column += COPIED
 
 
 cdef inline bint finite_lanes(const real* m, int vectors) noexcept nogil:
@@ -175,7 +181,7 @@ cdef Py_ssize_t scores(Task* t, int first, int vectors, const real* k, Py_ssize_
                        bint whole, Rows later) noexcept nogil:
     # S = K Qt for n keys. A long D goes in parts: Qt of one part stays in the first-level cache, and a sum of DEPTH products
     # from zero has the smaller error. Without `whole` the last part is left to the caller; returns how much of D is done.
-    cdef Py_ssize_t depth = t.p.D if t.p.D <= 2*DEPTH else DEPTH
+    cdef Py_ssize_t depth = t.p.D if t.p.D <= DEPTH_WHOLE else DEPTH
     cdef Py_ssize_t d = 0
     while t.p.D - d > depth:
         product_n(vectors, k + d, k_row, t.Qt + d*LANES + first*VL, depth, S, n, d > 0, later)
@@ -206,8 +212,8 @@ cdef void logits(Task* t, int first, int vectors, const real* k, Py_ssize_t k_ro
         interval_pass(S, vectors, begin % BLOCK, n, t.lo_rel + lane, t.hi_rel + lane)
 
 
-cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, const real* v, Py_ssize_t v_row,
-                  int64_t begin, int64_t end, int mask) noexcept nogil:
+cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, const real* v, int64_t begin,
+                  int64_t end, int mask) noexcept nogil:
     # Vectors [first, first + vectors) against keys [begin, end) of one block; k and v point at key `begin`.
     cdef const fastattn_problem* p = t.p
     cdef Py_ssize_t lane = first*VL
@@ -226,8 +232,8 @@ cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_r
         full_hi = min(full_hi, t.hi_min[g])
     partial = full_lo > begin or full_hi < end
     later.at = v
-    later.row = v_row
-    later.n = p.Dv if t.cold else 0
+    later.row = p.value.row
+    later.n = p.Dv if t.cold and p.value.col == 1 else 0
 
     clear_chains(vectors, t.total + lane)
     if t.settled and finite_lanes(t.m + lane, vectors):
@@ -255,10 +261,11 @@ cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_r
         weigh_rows(vectors, S, at, n, t.kappa, t.base + lane, t.total + lane)
         add_sums(vectors, t.total + lane, t.c + lane, t.l + lane)
 
-    if (partial or mask == 1 or t.bias != NULL) and not all_finite(v, v_row, n, p.Dv):
-        poisoned_values(t, first, vectors, v, v_row, begin, end)
+    partial = partial or mask == 1 or t.bias != NULL
+    if p.value.col != 1 or (partial and not all_finite(v, p.value.row, n, p.Dv)):
+        copied_values(t, first, vectors, v, begin, end, partial)
     else:
-        product_t(vectors, v, v_row, S, n, t.Ot + lane, p.Dv, t.c + lane)
+        product_t(vectors, v, p.value.row, S, n, t.Ot + lane, p.Dv, t.c + lane)
 
 
 cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
@@ -268,7 +275,6 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
     cdef const real* k = t.k + block*p.key.row
     cdef const real* v = t.v + block*p.value.row
     cdef Py_ssize_t k_row = p.key.row
-    cdef Py_ssize_t v_row = p.value.row
     cdef int64_t begin, stop, lo, hi, seen
     cdef int mask = 2
     cdef int g = 0
@@ -283,10 +289,6 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
         pack_rows(k, p.key.row, p.key.col, end - block, p.D, t.packed_k)
         k = t.packed_k
         k_row = p.D
-    if p.value.col != 1:
-        pack_rows(v, p.value.row, p.value.col, end - block, p.Dv, t.packed_v)
-        v = t.packed_v
-        v_row = p.Dv
     for i in range(t.vectors*VL):
         t.lo_rel[i] = <real>max(min(t.lo[i] - block, <int64_t>BLOCK), <int64_t>0)
         t.hi_rel[i] = <real>max(min(t.hi[i] - block, <int64_t>BLOCK), <int64_t>0)
@@ -311,8 +313,8 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
             stop = hi
             g += 1
         if begin < stop:
-            segment(t, first, g - first, k + (begin - block)*k_row, k_row, v + (begin - block)*v_row, v_row,
-                    begin, stop, mask)
+            segment(t, first, g - first, k + (begin - block)*k_row, k_row, v + (begin - block)*p.value.row, begin, stop,
+                    mask)
 
 
 cdef double finish_row(Task* t, Py_ssize_t i) noexcept nogil:
@@ -373,7 +375,7 @@ cdef Py_ssize_t aligned(Py_ssize_t n) noexcept nogil:
 cdef size_t scratch(const fastattn_problem* p) noexcept nogil:
     return sizeof(real)*<size_t>(aligned(p.D*LANES) + BLOCK*LANES + aligned(p.Dv*LANES) + (7 + CHAINS)*LANES
                                  + aligned(BLOCK*p.D if p.key.col != 1 else 0)
-                                 + aligned(BLOCK*p.Dv if p.value.col != 1 else 0) + BLOCK*CLEAN)
+                                 + BLOCK*COPIED)
 
 
 cdef int64_t blocks(int64_t L, int64_t heads, int64_t threads) noexcept nogil:
@@ -454,9 +456,8 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
     t.total = t.base + LANES
     t.lo_rel = t.total + CHAINS*LANES
     t.hi_rel = t.lo_rel + LANES
-    t.clean = t.hi_rel + LANES
-    t.packed_k = t.clean + BLOCK*CLEAN
-    t.packed_v = t.packed_k + aligned(BLOCK*p.D if p.key.col != 1 else 0)
+    t.copied = t.hi_rel + LANES
+    t.packed_k = t.copied + BLOCK*COPIED
 
     # The scale joins the exponent. Its sign goes into Q, exactly, so that the largest score has the largest exponent; where a
     # softcap or a bias makes logits of the scores, they apply it and the exponent keeps log2 e.

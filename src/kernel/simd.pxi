@@ -18,6 +18,8 @@ cdef extern from "simd.h" nogil:
         VL
         LANES
         BLOCK_VECTORS
+        DEPTH_WHOLE
+        DEPTH
         GROUP
         ROWS_1
         ROWS_2
