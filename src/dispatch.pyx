@@ -6,16 +6,14 @@ that need no check, so that a small call costs little; when in doubt it answers 
 """
 include "kernel/abi.pxi"
 
-cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_Occurred
-from cpython.mem cimport PyMem_RawFree
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_INCREF
 from cython.parallel cimport parallel, prange
 from libc.math cimport sqrt
 from libc.stdint cimport uintptr_t
-from libc.string cimport memset, strcmp
+from libc.string cimport memset
 
 cnp.import_array()
 
@@ -391,7 +389,7 @@ def scratch_bytes(int64_t D, int64_t Dv, int bits=32):
 
 
 cdef double time_peak(const fastattn_kernel* kernel, int64_t rounds, int n_threads) noexcept nogil:
-    cdef int i
+    cdef int _i
     cdef double flops = 0
     cdef double start
     cdef fastattn_place place
@@ -399,7 +397,7 @@ cdef double time_peak(const fastattn_kernel* kernel, int64_t rounds, int n_threa
     start = fastattn_clock()
     with parallel(num_threads=n_threads):
         fastattn_keep_off(&place)
-        for i in prange(n_threads, schedule="static", chunksize=1):
+        for _i in prange(n_threads, schedule="static", chunksize=1):
             flops += kernel.peak(rounds)
     return flops/(fastattn_clock() - start)*1e-9
 
