@@ -92,8 +92,11 @@ cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_r
     cdef int64_t full_lo = t.lo_max[first]
     cdef int64_t full_hi = t.hi_min[first]
     cdef Py_ssize_t d, i
-    cdef Py_ssize_t whole = 0               # the first keys, which every lane sees as they are: scored and weighed at once
+    # rows [whole, rest) of the segment are seen by every lane, as they are: scored and weighed at once
+    cdef Py_ssize_t whole = 0
+    cdef Py_ssize_t rest = 0
     cdef bint partial
+    cdef bint over = True
     cdef Rows later
     cdef int g
     for g in range(first + 1, first + vectors):
@@ -106,25 +109,31 @@ cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_r
 
     clear_chains(vectors, t.total + lane)
     if t.settled and finite_lanes(t.m + lane, vectors):
-        if t.plain and mask == 2 and full_lo <= begin and at % 2 == 0 and full_hi > begin:
-            whole = n if full_hi >= end else (full_hi - begin)//2*2
-            d = scores(t, first, vectors, k, k_row, S, whole, False, later)
-            fused_step(vectors, k + d, k_row, t.Qt + d*LANES + lane, p.D - d, S, d > 0, at, whole, t.kappa, t.base + lane,
-                       t.total + lane, later)
-        if whole < n:
-            logits(t, first, vectors, k + whole*k_row, k_row, begin + whole, end, mask, partial, later)
-            weigh_rows(vectors, S + whole*LANES, at + whole, n - whole, t.kappa, t.base + lane, t.total + lane)
+        if t.plain and mask == 2:
+            whole = min(max(full_lo - begin, <int64_t>0), n)
+            whole += (at + whole) % 2
+            rest = n if full_hi >= end else (max(full_hi - begin, <int64_t>0) + at)//2*2 - at
+        if whole >= rest:
+            whole = rest = 0
+        if whole > 0:
+            logits(t, first, vectors, k, k_row, begin, begin + whole, mask, True, later)
+            weigh_rows(vectors, S, at, whole, t.kappa, t.base + lane, t.total + lane)
+        if whole < rest:
+            d = scores(t, first, vectors, k + whole*k_row, k_row, S + whole*LANES, rest - whole, False, later)
+            fused_step(vectors, k + whole*k_row + d, k_row, t.Qt + d*LANES + lane, p.D - d, S + whole*LANES, d > 0,
+                       at + whole, rest - whole, t.kappa, t.base + lane, t.total + lane, later)
+        if rest < n:
+            logits(t, first, vectors, k + rest*k_row, k_row, begin + rest, end, mask, partial, later)
+            weigh_rows(vectors, S + rest*LANES, at + rest, n - rest, t.kappa, t.base + lane, t.total + lane)
         for i in range(lane, lane + vectors*VL):
             t.c[i] = 1
         memcpy(t.before + lane, t.l + lane, vectors*VL*sizeof(real))
-        if add_sums(vectors, t.total + lane, t.c + lane, t.l + lane):
+        over = add_sums(vectors, t.total + lane, t.c + lane, t.l + lane)
+        if over:
             memcpy(t.l + lane, t.before + lane, vectors*VL*sizeof(real))
             clear_chains(vectors, t.total + lane)
             t.settled = False
-            whole = -1
-    else:
-        whole = -1
-    if whole < 0:
+    if over:
         logits(t, first, vectors, k, k_row, begin, end, mask, partial, later)
         new_reference(vectors, S, n, t.kappa, t.m + lane, t.base + lane, t.c + lane)
         weigh_rows(vectors, S, at, n, t.kappa, t.base + lane, t.total + lane)
@@ -135,6 +144,13 @@ cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_r
         copied_values(t, first, vectors, v, begin, end, partial)
     else:
         product_t(vectors, v, p.value.row, S, n, t.Ot + lane, p.Dv, t.c + lane)
+
+
+cdef void fetch_rows(const char* at, Py_ssize_t row, Py_ssize_t n, Py_ssize_t size) noexcept nogil:
+    # Rows of bias or mask lie far apart, a line or two a block each: no prefetcher sees them coming.
+    cdef Py_ssize_t i
+    for i in range(1 if row == 0 else n):
+        v_fetch_bytes(at + i*row, size)
 
 
 cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
@@ -149,6 +165,11 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
     cdef int g = 0
     cdef int first
     cdef Py_ssize_t i
+    if t.bias != NULL and p.bias.col == 1:
+        fetch_rows(<const char*>(t.bias + t.q_begin*p.bias.row + block), p.bias.row*sizeof(real), t.n_queries,
+                   (end - block)*sizeof(real))
+    if t.mask != NULL and p.mask.col == 1:
+        fetch_rows(<const char*>t.mask + t.q_begin*p.mask.row + block + BLOCK, p.mask.row, t.n_queries, BLOCK)
     if t.mask != NULL:
         mask = mask_summary(t.mask + t.q_begin*p.mask.row + block*p.mask.col, p.mask.row, p.mask.col, t.n_queries,
                             end - block)

@@ -28,6 +28,7 @@ cdef extern from "simd.h" nogil:
     const real REAL_MAX
     void v_fetch_soon(const real*, Py_ssize_t)
     void v_fetch_later(const real*, Py_ssize_t)
+    void v_fetch_bytes(const char*, Py_ssize_t)
     vf v_load(const real*)
     void v_store(real*, vf)
     vf v_set1(real)
