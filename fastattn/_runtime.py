@@ -7,6 +7,7 @@ import importlib
 import operator
 import os
 import sys
+import threading
 
 import numpy as np
 
@@ -75,6 +76,7 @@ if _isa == "reference":
         reference.forward(problem)
 else:
     _dispatch.bind(*(importlib.import_module(f"{__package__}._kernel_{_isa}_f{bits}").table for bits in (32, 64)))
+    _dispatch.set_process(threading.main_thread().ident, os.cpu_count() or 1)
     os.register_at_fork(after_in_child=_dispatch.after_fork)
     plain = _dispatch.plain
     forward = _dispatch.forward

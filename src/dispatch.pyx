@@ -29,7 +29,10 @@ cdef extern from "threads.h" nogil:
     ctypedef struct fastattn_place:
         pass
     int fastattn_thread()
+    int fastattn_team()
+    int64_t fastattn_add(int64_t*, int64_t)
     double fastattn_clock()
+    void fastattn_rest(double)
     void fastattn_caller(fastattn_place*)
     void fastattn_keep_off(const fastattn_place*)
     int fastattn_supports(const char*)
@@ -43,8 +46,9 @@ cdef enum:
 
 cdef const fastattn_kernel* kernel_f32 = NULL
 cdef const fastattn_kernel* kernel_f64 = NULL
-cdef unsigned long main_thread = PyThread_get_thread_ident()
+cdef unsigned long main_thread = 0
 cdef int default_threads = 1
+cdef int most_threads = 64
 cdef bint forked = False
 
 # FLOPs that pay for waking one more thread: about 10 µs of AVX-512 work on one core.
@@ -71,6 +75,13 @@ def set_threads(int n):
     """Default number of threads for calls that do not say."""
     global default_threads
     default_threads = n
+
+
+def set_process(unsigned long main_thread_ident, int cpus):
+    """Which Python thread receives signals, and how many CPUs there are."""
+    global main_thread, most_threads
+    main_thread = main_thread_ident
+    most_threads = max(64, 2*cpus)      # libgomp ends the process when it cannot create a thread: more are never of use
 
 
 def after_fork():
@@ -140,28 +151,48 @@ cdef void poll(void* data) noexcept nogil:
             watch.stop = 1
 
 
-cdef void run_threads(const fastattn_kernel* kernel, const fastattn_problem* p, int64_t n_tasks, int n_threads,
-                      char* scratch, size_t size) noexcept nogil:
+cdef struct Work:
+    const fastattn_kernel* kernel
+    const fastattn_problem* p
+    int64_t n_tasks, next, idle         # next: the first task nobody has; idle: threads that found none
+    char* scratch
+    size_t size                         # of a thread's part
+
+
+cdef void work_off(Work* work) noexcept nogil:
+    cdef int thread = fastattn_thread()
     cdef int64_t task
+    cdef double start
+    while True:
+        task = fastattn_add(&work.next, 1)
+        if task >= work.n_tasks or work.p.stop[0] != 0:
+            break
+        if thread == 0 and work.p.poll != NULL:
+            work.p.poll(work.p.poll_data)
+        work.kernel.run(work.p, work.n_tasks, task, thread == 0, work.scratch + thread*work.size)
+    fastattn_add(&work.idle, 1)
+    if thread == 0 and work.p.poll != NULL:
+        # The others' last tasks may be long: go on looking for signals, busy for a millisecond, then at leisure.
+        start = fastattn_clock()
+        while fastattn_add(&work.idle, 0) < fastattn_team():
+            work.p.poll(work.p.poll_data)
+            if fastattn_clock() - start > 1e-3:
+                fastattn_rest(2e-4)
+
+
+cdef void run_threads(Work* work, int n_threads) noexcept nogil:
     cdef fastattn_place place
     fastattn_caller(&place)
     with parallel(num_threads=n_threads):
         fastattn_keep_off(&place)
-        for task in prange(n_tasks, schedule="dynamic"):
-            one_task(kernel, p, n_tasks, task, scratch, size)
-
-
-cdef inline void one_task(const fastattn_kernel* kernel, const fastattn_problem* p, int64_t n_tasks, int64_t task,
-                          char* scratch, size_t size) noexcept nogil:
-    cdef int thread = fastattn_thread()
-    if p.stop[0] == 0:
-        kernel.run(p, n_tasks, task, thread == 0, scratch + thread*size)
+        work_off(work)
 
 
 cdef int run(fastattn_problem* p, int n_threads) except -1:
     cdef const fastattn_kernel* kernel = kernel_f32 if p.bits == 32 else kernel_f64
     cdef size_t size, total
-    cdef int64_t n_tasks, task
+    cdef int64_t n_tasks
+    cdef Work work
     cdef double flops = 2.0*p.B*p.H*p.L*p.S*(p.D + p.Dv)
     cdef char* scratch
     cdef Watch watch
@@ -169,8 +200,7 @@ cdef int run(fastattn_problem* p, int n_threads) except -1:
         return 0
     if n_threads <= 0:
         n_threads = default_threads
-    if forked:
-        n_threads = 1
+    n_threads = 1 if forked else min(n_threads, most_threads)
     if n_threads > 1 and flops < n_threads*FLOPS_A_THREAD:
         n_threads = max(1, <int>(flops/FLOPS_A_THREAD))
     n_tasks = kernel.tasks(p, n_threads)
@@ -189,13 +219,18 @@ cdef int run(fastattn_problem* p, int n_threads) except -1:
     if flops > 1e8 and PyThread_get_thread_ident() == main_thread:
         watch.last = fastattn_clock()
         p.poll = poll
+    work.kernel = kernel
+    work.p = p
+    work.n_tasks = n_tasks
+    work.next = 0
+    work.idle = 0
+    work.scratch = scratch
+    work.size = size
     with nogil:
         if n_threads == 1:
-            for task in range(n_tasks):
-                if watch.stop == 0:
-                    kernel.run(p, n_tasks, task, 1, scratch)
+            work_off(&work)
         else:
-            run_threads(kernel, p, n_tasks, n_threads, scratch, size)
+            run_threads(&work, n_threads)
     give_back(scratch, total)
     if watch.stop != 0 and PyErr_Occurred() != NULL:
         return -1

@@ -5,16 +5,30 @@
 #ifdef _OPENMP
 #include <omp.h>
 static inline int fastattn_thread(void) { return omp_get_thread_num(); }
+static inline int fastattn_team(void) { return omp_get_num_threads(); }
 #else
 static inline int fastattn_thread(void) { return 0; }
+static inline int fastattn_team(void) { return 1; }
 #endif
 
+/* Tasks are handed out by one counter. OpenMP's own loop would do, but at its end the caller waits where it can't look for
+ * signals, for as long as another thread's last task takes. */
+static inline int64_t fastattn_add(int64_t *counter, int64_t n) {
+    return __atomic_fetch_add(counter, n, __ATOMIC_ACQ_REL);
+}
+
+#include <stdint.h>
 #include <string.h>
 #include <time.h>
 static inline double fastattn_clock(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static inline void fastattn_rest(double seconds) {
+    struct timespec t = {0, (long)(1e9 * seconds)};
+    nanosleep(&t, NULL);
 }
 
 /* Right after a matmul of NumPy its OpenBLAS threads still spin on the other CPUs. The kernel then wakes an OpenMP worker on
