@@ -337,7 +337,7 @@ V_INLINE vf v_exp2(vf x) {
     q = q * f + v_set1(0.24022650695910071232);
     q = q * f + v_set1(0.69314718055994530923);
     return (vf)_mm512_scalef_pd((__m512d)(t * (f * q) + t), (__m512d)n);
-#else
+#elif defined(__FMA__) || defined(__aarch64__)
     x = v_min(v_set1(V_EXP2_CEILING), v_max(v_set1(V_EXP2_FLOOR), x));
     vf t = x + v_set1(V_MAGIC);
     vf f = x - (t - v_set1(V_MAGIC));
@@ -345,46 +345,58 @@ V_INLINE vf v_exp2(vf x) {
     vi n = (vi)t - (vi)v_set1(V_MAGIC) + (V_EXP_BIAS + V_EXP2_LIFT);
     vf lifted = (v_exp2_fraction(f) * f + v_set1(1)) * (vf)(n << V_MANTISSA);
     return lifted * v_set1(FASTATTN_BITS == 32 ? 0x1p-64 : 0x1p-512);
+#else
+    x = v_min(v_set1(V_EXP2_CEILING), v_max(v_set1(V_EXP2_FLOOR), x));
+    /* Without FMA, f q(f) and 1 + f q(f) round twice: 1.13 ulp. So |f| <= 1/4: x = n/2 + f, and odd n bring sqrt 2. */
+    vf t = x + v_set1(V_MAGIC / 2);
+    vf f = x - (t - v_set1(V_MAGIC / 2));
+    vi n = (vi)t - (vi)v_set1(V_MAGIC / 2);
+    vi odd = -(n & 1);
+    const real root = 1.41421356237309504880;
+    vf high = (vf)(((vi)v_set1(root) & odd) | ((vi)v_set1(1) & ~odd));
+    vf low = (vf)((vi)v_set1((real)(1.41421356237309504880L - (long double)(real)1.41421356237309504880)) & odd);
+    vf power = (v_exp2_fraction(f) * f * high + low) + high;
+    vf lifted = power * (vf)(((n >> 1) + (V_EXP_BIAS + V_EXP2_LIFT)) << V_MANTISSA);
+    return lifted * v_set1(FASTATTN_BITS == 32 ? 0x1p-64 : 0x1p-512);
 #endif
 }
 
-/* tanh: at most 2 ulp. Of the absolute value, with the sign given back. Up to 0.35 a polynomial, t + t u r(u) with u = t^2
- * (Chebyshev nodes, relative error 2.0e-11 in float32, 7.0e-23 in float64); past it e / (e + 2), e = exp(2t) - 1
- * = 2^n (2^f - 1) + (2^n - 1), from the same fraction as the exponential. */
+/* tanh(x) = x + x^3 p(x^2) where |x| < 0.55 (p: Chebyshev, relative error 0.07 ulp), else 1 - 2 / (exp(2|x|) + 1), where
+ * nothing cancels. At most 2 ulp; odd to the bit, for it is computed of |x|; NaN kept. */
 V_INLINE vf v_tanh(vf x) {
     const real limit = FASTATTN_BITS == 32 ? 10 : 20;       /* tanh is 1 to the last bit from 9.02 and 19.07 on */
     const real two_log2e = 2.8853900817779268147;
-    vf t = v_where_lt(x, v_zero(), -x, x);
-    t = v_min(v_set1(limit), t);
-    vf u = t * t;
+    vi sign = (vi)x & (vi)v_set1(-(real)0.0);
+    vf a = (vf)((vi)x ^ sign);
+    vf z = a * a;
 #if FASTATTN_BITS == 32
-    vf r = v_set1(-0.0078463050317f);
-    r = r * u + v_set1(0.0217632395115f);
-    r = r * u + v_set1(-0.0539636586833f);
-    r = r * u + v_set1(0.133333263333f);
-    r = r * u + v_set1(-0.333333333162f);
+    vf p = v_set1(-0.0066102278311147342f);
+    p = p * z + v_set1(0.021309388664443473f);
+    p = p * z + v_set1(-0.053909428827460545f);
+    p = p * z + v_set1(0.13333113729020872f);
+    p = p * z + v_set1(-0.33333332007976980f);
 #else
-    vf r = v_set1(-0.000030040912159303699682);
-    r = r * u + v_set1(0.000094363044285044880994);
-    r = r * u + v_set1(-0.00023872007313996518878);
-    r = r * u + v_set1(0.00058998630378369600975);
-    r = r * u + v_set1(-0.0014558317152437479099);
-    r = r * u + v_set1(0.0035921279247881056866);
-    r = r * u + v_set1(-0.0088632355269808611761);
-    r = r * u + v_set1(0.021869488536110604986);
-    r = r * u + v_set1(-0.053968253968253618726);
-    r = r * u + v_set1(0.13333333333333333226);
-    r = r * u + v_set1(-0.33333333333333333333);
+    vf p = v_set1(-0.000020602765376366339549);
+    p = p * z + v_set1(0.000085113136855776712196);
+    p = p * z + v_set1(-0.00023463474108872371264);
+    p = p * z + v_set1(0.00058893605200740577637);
+    p = p * z + v_set1(-0.0014556618301007160335);
+    p = p * z + v_set1(0.0035921103786890238773);
+    p = p * z + v_set1(-0.0088632343978143548378);
+    p = p * z + v_set1(0.021869488493666941903);
+    p = p * z + v_set1(-0.053968253967434014504);
+    p = p * z + v_set1(0.13333333333332714826);
+    p = p * z + v_set1(-0.33333333333333332561);
 #endif
-    r = t * u * r + t;
-    vf y = t * v_set1(two_log2e);
-    vf near = y + v_set1(V_MAGIC);
-    vf n = near - v_set1(V_MAGIC);
-    vf f = (y - n) + (t * v_set1(two_log2e) - y);           /* the rounding of y given back: up to |y| ulp of e */
-    vf scale = (vf)(((vi)near - (vi)v_set1(V_MAGIC) + V_EXP_BIAS) << V_MANTISSA);
-    vf e = scale * (v_exp2_fraction(f) * f) + (scale - v_set1(1));
-    y = v_where_lt(v_set1(0.35), t, e / (e + v_set1(2)), r);
-    return v_where_lt(x, v_zero(), -y, y);
+    vf small = a + a * (z * p);
+    vf b = v_where_lt(v_set1(limit), a, v_set1(limit), a);
+    vf y = b * v_set1(two_log2e);
+    vf t = y + v_set1(V_MAGIC);
+    /* y - n, with the rounding of y given back (with FMA): it would cost y ulp of the exponential. */
+    vf f = (y - (t - v_set1(V_MAGIC))) + (b * v_set1(two_log2e) - y);
+    vf scale = (vf)(((vi)t - (vi)v_set1(V_MAGIC) + V_EXP_BIAS) << V_MANTISSA);
+    vf large = v_set1(1) - v_set1(2) / (scale * (v_exp2_fraction(f) * f) + scale + v_set1(1));
+    return (vf)((vi)v_where_lt(a, v_set1((real)0.55), small, large) | sign);
 }
 
 #endif
