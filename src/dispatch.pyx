@@ -402,6 +402,8 @@ def evaluate(str function, cnp.ndarray x):
     """The bound kernel's "exp2" or "tanh" of a contiguous float32 or float64 array."""
     cdef cnp.ndarray y = cnp.PyArray_NewCopy(x, cnp.NPY_CORDER)
     cdef const fastattn_kernel* kernel = kernel_f32 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32 else kernel_f64
+    if kernel == NULL:
+        raise RuntimeError("no compiled kernel is bound")
     if function == "exp2":
         kernel.exp2(cnp.PyArray_DATA(y), cnp.PyArray_DATA(y), cnp.PyArray_SIZE(y))
     else:

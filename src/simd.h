@@ -99,9 +99,7 @@ V_INLINE vf v_zero(void) { return (vf){0}; }
 V_INLINE vf v_add(vf a, vf b) { return a + b; }
 V_INLINE vf v_sub(vf a, vf b) { return a - b; }
 V_INLINE vf v_mul(vf a, vf b) { return a * b; }
-V_INLINE vf v_div(vf a, vf b) { return a / b; }
 V_INLINE vf v_fma(vf a, vf b, vf c) { return a * b + c; }
-V_INLINE vf v_fms(vf a, vf b, vf c) { return a * b - c; }
 
 /* a < b ? x : y, lane by lane; false where a or b is NaN. */
 V_INLINE vf v_where_lt(vf a, vf b, vf x, vf y) {

@@ -37,7 +37,6 @@ cdef extern from "simd.h" nogil:
     vf v_sub(vf, vf)
     vf v_mul(vf, vf)
     vf v_fma(vf, vf, vf)
-    vf v_fms(vf, vf, vf)
     vf v_max(vf, vf)
     vf v_where_lt(vf, vf, vf, vf)
     bint v_any_nan(vf)

@@ -21,7 +21,7 @@
 
 cdef inline void weigh(const int nv, real* S, Py_ssize_t first, Py_ssize_t n, real kappa, const real* m,
                        real* total) noexcept nogil:
-    # P = 2^(S κ - m) in place for rows [first, first + n) of a block, and their sums.
+    # P = 2^((S - m) κ) in place for rows [first, first + n) of a block, and their sums.
     cdef vf base[4]
     cdef vf k = v_set1(kappa)
     cdef vf x, y
@@ -129,7 +129,7 @@ cdef bint add_sums(int vectors, const real* total, const real* c, real* l) noexc
 cdef inline void fused_columns(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* S,
                                bint add, Py_ssize_t first, Py_ssize_t n_keys, real kappa, const real* m, real* total,
                                Rows* later) noexcept nogil:
-    # Rows [first, first + n_keys) of the block, first even: S = 2^((S +) A B κ - m), and their sums.
+    # Rows [first, first + n_keys) of the block, first even: S = 2^(((S +) A B - m) κ), and their sums.
     cdef real* waiting = S
     cdef Py_ssize_t left = n_keys
     if left >= rows_of(nv):
@@ -180,7 +180,7 @@ cdef inline void maximum(const int nv, const real* S, Py_ssize_t n, real* result
 
 
 cdef void new_reference(int vectors, const real* S, Py_ssize_t n, real kappa, real* m, real* base, real* c) noexcept nogil:
-    # Move m to the maximum of the n rows at S where that is past m + HEADROOM.
+    # Move m to the maximum of the n rows at S where its weight would pass 2^HEADROOM.
     cdef vf top, old, new
     cdef vf k = v_set1(kappa)
     cdef int g = 0
