@@ -42,6 +42,7 @@ cdef extern from "numpy/arrayobject.h":
 
 cdef enum:
     POLL_MS = 50
+    RUN = 8                     # tasks taken at once, fewer near the end: neighbours share keys, each prefetches for the next
     KEPT = 8                    # scratch buffers kept between calls
 
 cdef const fastattn_kernel* kernel_f32 = NULL
@@ -161,15 +162,20 @@ cdef struct Work:
 
 cdef void work_off(Work* work) noexcept nogil:
     cdef int thread = fastattn_thread()
-    cdef int64_t task
+    cdef int64_t first, task, n
     cdef double start
-    while True:
-        task = fastattn_add(&work.next, 1)
-        if task >= work.n_tasks or work.p.stop[0] != 0:
+    while work.p.stop[0] == 0:
+        n = fastattn_add(&work.next, 0)
+        n = max(<int64_t>1, min(<int64_t>RUN, (work.n_tasks - n)//(8*fastattn_team())))
+        first = fastattn_add(&work.next, n)
+        if first >= work.n_tasks:
             break
-        if thread == 0 and work.p.poll != NULL:
-            work.p.poll(work.p.poll_data)
-        work.kernel.run(work.p, work.n_tasks, task, thread == 0, work.scratch + thread*work.size)
+        for task in range(first, min(first + n, work.n_tasks)):
+            if work.p.stop[0] != 0:
+                break
+            if thread == 0 and work.p.poll != NULL:
+                work.p.poll(work.p.poll_data)
+            work.kernel.run(work.p, work.n_tasks, task, thread == 0, work.scratch + thread*work.size)
     fastattn_add(&work.idle, 1)
     if thread == 0 and work.p.poll != NULL:
         # The others' last tasks may be long: go on looking for signals, busy for a millisecond, then at leisure.

@@ -83,14 +83,14 @@ enum {
 #endif
 };
 
-/* Ask for n reals from p, to be read soon (first level of the cache) or later (second); any address is allowed. */
+/* Ask for n reals from p, to be read soon (first level of the cache), or n bytes, to be read later (second level); any
+ * address is allowed. */
 V_INLINE void v_fetch_soon(const real *p, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i += 64 / (ptrdiff_t)sizeof(real)) __builtin_prefetch(p + i, 0, 3);
 }
-V_INLINE void v_fetch_bytes(const char *p, ptrdiff_t n) {
+V_INLINE void v_fetch_later(const char *p, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
-V_INLINE void v_fetch_later(const real *p, ptrdiff_t n) { v_fetch_bytes((const char *)p, n * (ptrdiff_t)sizeof(real)); }
 
 V_INLINE vf v_load(const real *p) { vf r; memcpy(&r, p, sizeof r); return r; }
 V_INLINE void v_store(real *p, vf a) { memcpy(p, &a, sizeof a); }
@@ -110,6 +110,34 @@ V_INLINE vf v_where_lt(vf a, vf b, vf x, vf y) {
 #else
     vi m = (vi)(a < b);
     return (vf)(((vi)x & m) | ((vi)y & ~m));
+#endif
+}
+
+/* Bit i of `bits` says whether lane i is kept; the others become 0, or -inf. NaN in them vanishes. */
+#if FASTATTN_VECTOR < 64
+V_INLINE vi v_lanes(uint64_t bits) {
+    vi lane = {0};
+    for (int i = 0; i < VL; i++) lane[i] = (real_int)1 << i;
+    return (vi)((((real_int)bits - (vi){0}) & lane) != 0);
+}
+#endif
+V_INLINE vf v_keep(vf a, uint64_t bits) {
+#if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32
+    return (vf)_mm512_maskz_mov_ps((__mmask16)bits, (__m512)a);
+#elif FASTATTN_VECTOR == 64
+    return (vf)_mm512_maskz_mov_pd((__mmask8)bits, (__m512d)a);
+#else
+    return (vf)((vi)a & v_lanes(bits));
+#endif
+}
+V_INLINE vf v_hide(vf a, uint64_t bits) {
+#if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32
+    return (vf)_mm512_mask_mov_ps((__m512)v_set1(-INFINITY), (__mmask16)bits, (__m512)a);
+#elif FASTATTN_VECTOR == 64
+    return (vf)_mm512_mask_mov_pd((__m512d)v_set1(-INFINITY), (__mmask8)bits, (__m512d)a);
+#else
+    vi m = v_lanes(bits);
+    return (vf)(((vi)a & m) | ((vi)v_set1(-INFINITY) & ~m));
 #endif
 }
 
@@ -209,18 +237,6 @@ V_INLINE void v_scatter(real *p, ptrdiff_t stride, vf a, ptrdiff_t n) {
     real x[VL];
     v_store(x, a);
     for (ptrdiff_t i = 0; i < n && i < VL; i++) p[i * stride] = x[i];
-}
-
-/* n <= VL bytes `stride` apart, as numbers. */
-V_INLINE vf v_load_bytes(const uint8_t *p, ptrdiff_t stride, ptrdiff_t n) {
-#if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32     /* GCC builds the generic form from 16 scalar conversions */
-    if (stride == 1)
-        return (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
-            n >= VL ? _mm_loadu_si128((const __m128i *)p) : _mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1u), p)));
-#endif
-    real x[VL] = {0};
-    for (ptrdiff_t i = 0; i < n && i < VL; i++) x[i] = p[i * stride];
-    return v_load(x);
 }
 
 /* Transpose: log2(VL) rounds of interleaving row i with row i + VL/2 carry every bit of the row number into the lane

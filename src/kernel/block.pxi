@@ -3,7 +3,7 @@
 #     S = K Qt  →  softcap, bias, masks  →  P = 2^((S - m) κ)  →  Ot = Ot c + Vt P
 
 cdef void copied_values(Task* t, int first, int vectors, const real* v, int64_t begin, int64_t end,
-                        bint partial) noexcept nogil:
+                        bint cut) noexcept nogil:
     # Ot = Ot c + Vt P on a copy of V, a few columns at a time: for values whose last axis is not contiguous, and for blocks
     # where some lane does not see some key while a value is infinite or NaN. There 0 · NaN would reach lanes that do not see
     # it: the copy holds zeros in the place of those values, then they go one by one to the lanes that see them. Every finite
@@ -21,7 +21,7 @@ cdef void copied_values(Task* t, int first, int vectors, const real* v, int64_t 
     while column < p.Dv:
         width = min(<Py_ssize_t>COPIED, p.Dv - column)
         pack_rows(v + column*col, row, col, n, width, t.copied)
-        poisoned = partial and not all_finite(t.copied, width, n, width)
+        poisoned = cut and not all_finite(t.copied, width, n, width)
         if poisoned:
             for i in range(n*width):
                 x = t.copied[i]
@@ -47,84 +47,81 @@ cdef inline bint finite_lanes(const real* m, int vectors) noexcept nogil:
 
 
 cdef Py_ssize_t scores(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, real* S, Py_ssize_t n,
-                       bint whole, Rows later) noexcept nogil:
+                       bint whole) noexcept nogil:
     # S = K Qt for n keys. A long D goes in parts: Qt of one part stays in the first-level cache, and a sum of DEPTH products
     # from zero has the smaller error. Without `whole` the last part is left to the caller; returns how much of D is done.
     cdef Py_ssize_t depth = t.p.D if t.p.D <= DEPTH_WHOLE else DEPTH
     cdef Py_ssize_t d = 0
     while t.p.D - d > depth:
-        product_n(vectors, k + d, k_row, t.Qt + d*LANES + first*VL, depth, S, n, d > 0, later)
+        product_n(vectors, k + d, k_row, t.Qt + d*LANES + first*VL, depth, S, n, ADD if d > 0 else STORE, 1, &t.later)
         d += depth
     if whole:
-        product_n(vectors, k + d, k_row, t.Qt + d*LANES + first*VL, t.p.D - d, S, n, d > 0, later)
+        product_n(vectors, k + d, k_row, t.Qt + d*LANES + first*VL, t.p.D - d, S, n, ADD if d > 0 else STORE, 1, &t.later)
     return d
 
 
-cdef void logits(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, int64_t begin, int64_t end, int mask,
-                 bint partial, Rows later) noexcept nogil:
+cdef void logits(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, int64_t begin, int64_t end,
+                 bint masked) noexcept nogil:
     # Final logits of vectors [first, first + vectors) and keys [begin, end) of one block; k points at key `begin`.
-    cdef const fastattn_problem* p = t.p
-    cdef Py_ssize_t lane = first*VL
-    cdef Py_ssize_t n = end - begin
-    cdef Py_ssize_t n_queries = t.n_queries - lane
-    cdef real* S = t.S + begin % BLOCK*LANES + lane
-    scores(t, first, vectors, k, k_row, S, n, True, later)
-    if p.softcap > 0:
-        softcap_pass(S, vectors, n, <real>p.scale, <real>p.softcap)
-    if t.bias != NULL:
-        bias_pass(S, vectors, n, <real>1 if p.softcap > 0 else <real>p.scale,
-                  t.bias + (t.q_begin + lane)*p.bias.row + begin*p.bias.col, p.bias.row, p.bias.col, n_queries)
-    if mask == 1:
-        mask_pass(S, vectors, n, t.mask + (t.q_begin + lane)*p.mask.row + begin*p.mask.col, p.mask.row, p.mask.col,
-                  n_queries)
-    if partial:
-        interval_pass(S, vectors, begin % BLOCK, n, t.lo_rel + lane, t.hi_rel + lane)
-
-
-cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, const real* v, int64_t begin,
-                  int64_t end, int mask) noexcept nogil:
-    # Vectors [first, first + vectors) against keys [begin, end) of one block; k and v point at key `begin`.
     cdef const fastattn_problem* p = t.p
     cdef Py_ssize_t lane = first*VL
     cdef Py_ssize_t at = begin % BLOCK
     cdef Py_ssize_t n = end - begin
     cdef real* S = t.S + at*LANES + lane
-    cdef int64_t full_lo = t.lo_max[first]
-    cdef int64_t full_hi = t.hi_min[first]
-    cdef Py_ssize_t d, i
-    # rows [whole, rest) of the segment are seen by every lane, as they are: scored and weighed at once
-    cdef Py_ssize_t whole = 0
-    cdef Py_ssize_t rest = 0
-    cdef bint partial
+    scores(t, first, vectors, k, k_row, S, n, True)
+    if p.softcap > 0:
+        softcap_pass(S, vectors, n, <real>p.scale, <real>p.softcap)
+    if t.bias != NULL:
+        bias_tile(t.bias_tile, vectors, n, t.bias + (t.q_begin + lane)*p.bias.row + begin*p.bias.col, p.bias.row, p.bias.col,
+                  t.n_queries - lane)
+        bias_pass(S, vectors, n, <real>1 if p.softcap > 0 else <real>p.scale, t.bias_tile)
+    if masked:
+        hide_pass(S, vectors, n, t.seen + at, lane)
+
+
+cdef void weights(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, int64_t begin, int64_t end,
+                  bint masked) noexcept nogil:
+    # P for vectors [first, first + vectors) and keys [begin, end) of one block by the present references, and their sums.
+    cdef const fastattn_problem* p = t.p
+    cdef Py_ssize_t lane = first*VL
+    cdef Py_ssize_t at = begin % BLOCK
+    cdef Py_ssize_t n = end - begin
+    cdef Py_ssize_t d
+    cdef real* S = t.S + at*LANES + lane
+    cdef How how
+    if p.softcap > 0 or (t.bias != NULL and p.D > DEPTH_WHOLE):
+        logits(t, first, vectors, k, k_row, begin, end, masked)
+        weigh_rows(vectors, False, S, n, t.kappa, t.base + lane, t.total + lane, at, NULL, 0)
+        return
+    d = scores(t, first, vectors, k, k_row, S, n, False)
+    how = ADD if d > 0 else STORE
+    if t.bias != NULL:
+        bias_tile(S, vectors, n, t.bias + (t.q_begin + lane)*p.bias.row + begin*p.bias.col, p.bias.row, p.bias.col,
+                  t.n_queries - lane)
+        how = BIAS
+    if masked:
+        fused_masked(vectors, k + d, k_row, t.Qt + d*LANES + lane, p.D - d, S, how, <real>p.scale, n, t.kappa, t.base + lane,
+                     t.total + lane, at, t.seen + at, lane, &t.later)
+    else:
+        fused_plain(vectors, k + d, k_row, t.Qt + d*LANES + lane, p.D - d, S, how, <real>p.scale, n, t.kappa, t.base + lane,
+                    t.total + lane, at, &t.later)
+
+
+cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, const real* v, int64_t begin,
+                  int64_t end, bint masked) noexcept nogil:
+    # Vectors [first, first + vectors) against keys [begin, end) of one block, begin even; k and v point at key `begin`.
+    cdef const fastattn_problem* p = t.p
+    cdef Py_ssize_t lane = first*VL
+    cdef Py_ssize_t at = begin % BLOCK
+    cdef Py_ssize_t n = end - begin
+    cdef real* S = t.S + at*LANES + lane
     cdef bint over = True
-    cdef Rows later
-    cdef int g
-    for g in range(first + 1, first + vectors):
-        full_lo = max(full_lo, t.lo_max[g])
-        full_hi = min(full_hi, t.hi_min[g])
-    partial = full_lo > begin or full_hi < end
-    later.at = v
-    later.row = p.value.row
-    later.n = p.Dv if t.cold and p.value.col == 1 else 0
+    cdef bint cut = masked or t.bias != NULL
+    cdef Py_ssize_t i
 
     clear_chains(vectors, t.total + lane)
     if t.settled and finite_lanes(t.m + lane, vectors):
-        if t.plain and mask == 2:
-            whole = min(max(full_lo - begin, <int64_t>0), n)
-            whole += (at + whole) % 2
-            rest = n if full_hi >= end else (max(full_hi - begin, <int64_t>0) + at)//2*2 - at
-        if whole >= rest:
-            whole = rest = 0
-        if whole > 0:
-            logits(t, first, vectors, k, k_row, begin, begin + whole, mask, True, later)
-            weigh_rows(vectors, S, at, whole, t.kappa, t.base + lane, t.total + lane)
-        if whole < rest:
-            d = scores(t, first, vectors, k + whole*k_row, k_row, S + whole*LANES, rest - whole, False, later)
-            fused_step(vectors, k + whole*k_row + d, k_row, t.Qt + d*LANES + lane, p.D - d, S + whole*LANES, d > 0,
-                       at + whole, rest - whole, t.kappa, t.base + lane, t.total + lane, later)
-        if rest < n:
-            logits(t, first, vectors, k + rest*k_row, k_row, begin + rest, end, mask, partial, later)
-            weigh_rows(vectors, S + rest*LANES, at + rest, n - rest, t.kappa, t.base + lane, t.total + lane)
+        weights(t, first, vectors, k, k_row, begin, end, masked)
         for i in range(lane, lane + vectors*VL):
             t.c[i] = 1
         memcpy(t.before + lane, t.l + lane, vectors*VL*sizeof(real))
@@ -134,23 +131,37 @@ cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_r
             clear_chains(vectors, t.total + lane)
             t.settled = False
     if over:
-        logits(t, first, vectors, k, k_row, begin, end, mask, partial, later)
+        logits(t, first, vectors, k, k_row, begin, end, masked)
         new_reference(vectors, S, n, t.kappa, t.m + lane, t.base + lane, t.c + lane)
-        weigh_rows(vectors, S, at, n, t.kappa, t.base + lane, t.total + lane)
+        weigh_rows(vectors, False, S, n, t.kappa, t.base + lane, t.total + lane, at, NULL, 0)
         add_sums(vectors, t.total + lane, t.c + lane, t.l + lane)
 
-    partial = partial or mask == 1 or t.bias != NULL
-    if p.value.col != 1 or (partial and not all_finite(v, p.value.row, n, p.Dv)):
-        copied_values(t, first, vectors, v, begin, end, partial)
+    t.cut |= cut
+    if p.value.col != 1 or (t.careful and cut and not all_finite(v, p.value.row, n, p.Dv)):
+        copied_values(t, first, vectors, v, begin, end, t.careful and cut)
     else:
         product_t(vectors, v, p.value.row, S, n, t.Ot + lane, p.Dv, t.c + lane)
 
 
-cdef void fetch_rows(const char* at, Py_ssize_t row, Py_ssize_t n, Py_ssize_t size) noexcept nogil:
-    # Rows of bias or mask lie far apart, a line or two a block each: no prefetcher sees them coming.
-    cdef Py_ssize_t i
-    for i in range(1 if row == 0 else n):
-        v_fetch_bytes(at + i*row, size)
+cdef inline void expect(Rows* rows, const void* at, Py_ssize_t row, Py_ssize_t n, Py_ssize_t size) noexcept nogil:
+    rows.at = <const char*>at
+    rows.row = row
+    rows.size = size
+    rows.left = 1 if row == 0 and n > 1 else n
+
+
+cdef void expect_masks(Task* t, int64_t block, int64_t end) noexcept nogil:
+    # Rows of bias and mask lie far apart, a line or two a block each: no prefetcher sees them coming.
+    cdef const fastattn_problem* p = t.p
+    if block >= end:
+        return
+    if t.bias != NULL and p.bias.col == 1:
+        expect(&t.later.rows[t.later.n], t.bias + t.q_begin*p.bias.row + block, p.bias.row*sizeof(real), t.n_queries,
+               (end - block)*sizeof(real))
+        t.later.n += 1
+    if t.mask != NULL and p.mask.col == 1:
+        expect(&t.later.rows[t.later.n], t.mask + t.q_begin*p.mask.row + block, p.mask.row, t.n_queries, end - block)
+        t.later.n += 1
 
 
 cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
@@ -160,48 +171,55 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
     cdef const real* k = t.k + block*p.key.row
     cdef const real* v = t.v + block*p.value.row
     cdef Py_ssize_t k_row = p.key.row
-    cdef int64_t begin, stop, lo, hi, seen
-    cdef int mask = 2
+    cdef Py_ssize_t n = end - block
+    cdef Py_ssize_t begins[BLOCK_VECTORS]
+    cdef Py_ssize_t stops[BLOCK_VECTORS]
+    cdef Py_ssize_t begin, stop, lo, hi, area
+    cdef uint64_t lanes = t.lanes >> (t.vectors - 1)*VL        # of one vector
+    cdef Look seen = look(t, block, end)
     cdef int g = 0
     cdef int first
-    cdef Py_ssize_t i
-    if t.bias != NULL and p.bias.col == 1:
-        fetch_rows(<const char*>(t.bias + t.q_begin*p.bias.row + block), p.bias.row*sizeof(real), t.n_queries,
-                   (end - block)*sizeof(real))
-    if t.mask != NULL and p.mask.col == 1:
-        fetch_rows(<const char*>t.mask + t.q_begin*p.mask.row + block + BLOCK, p.mask.row, t.n_queries, BLOCK)
-    if t.mask != NULL:
-        mask = mask_summary(t.mask + t.q_begin*p.mask.row + block*p.mask.col, p.mask.row, p.mask.col, t.n_queries,
-                            end - block)
-        if mask == 0:
-            return
+    t.later.n = 0
+    if t.cold and p.value.col == 1:
+        expect(&t.later.rows[0], v, p.value.row*sizeof(real), n, p.Dv*sizeof(real))
+        t.later.n = 1
+    expect_masks(t, end, min(t.k_end, end + BLOCK))
+    if seen == NOTHING:
+        return
     if p.key.col != 1:
-        pack_rows(k, p.key.row, p.key.col, end - block, p.D, t.packed_k)
+        pack_rows(k, p.key.row, p.key.col, n, p.D, t.packed_k)
         k = t.packed_k
         k_row = p.D
-    for i in range(t.vectors*VL):
-        t.lo_rel[i] = <real>max(min(t.lo[i] - block, <int64_t>BLOCK), <int64_t>0)
-        t.hi_rel[i] = <real>max(min(t.hi[i] - block, <int64_t>BLOCK), <int64_t>0)
+    if seen == ALL:
+        segment(t, 0, t.vectors, k, k_row, v, block, end, False)
+        return
+    for g in range(t.vectors):
+        begin = 0
+        stop = n
+        while begin < n and t.seen[begin] & lanes << g*VL == 0:
+            begin += 1
+        while stop > begin and t.seen[stop - 1] & lanes << g*VL == 0:
+            stop -= 1
+        begins[g] = begin//2*2              # sums go in pairs of keys
+        stops[g] = stop if begin < n else begins[g]
+    g = 0
     while g < t.vectors:
         first = g
-        begin = max(block, t.lo_min[g])
-        stop = min(end, t.hi_max[g])
-        seen = max(stop - begin, <int64_t>0)
+        begin = begins[g]
+        stop = stops[g]
+        area = stop - begin
         g += 1
         while g < t.vectors and begin < stop:
             # widen the segment by one vector, unless that multiplies too many pairs that nobody sees
-            lo = max(block, t.lo_min[g])
-            hi = min(end, t.hi_max[g])
-            if lo >= hi:
+            if begins[g] >= stops[g]:
                 break
-            seen += hi - lo
-            lo = min(lo, begin)
-            hi = max(hi, stop)
-            if (g + 1 - first)*(hi - lo) - seen > WASTE:
+            area += stops[g] - begins[g]
+            lo = min(begin, begins[g])
+            hi = max(stop, stops[g])
+            if (g + 1 - first)*(hi - lo) - area > WASTE:
                 break
             begin = lo
             stop = hi
             g += 1
         if begin < stop:
-            segment(t, first, g - first, k + (begin - block)*k_row, k_row, v + (begin - block)*p.value.row, begin, stop,
-                    mask)
+            segment(t, first, g - first, k + begin*k_row, k_row, v + begin*p.value.row, block + begin, block + stop, True)

@@ -98,9 +98,40 @@ cdef Py_ssize_t aligned(Py_ssize_t n) noexcept nogil:
 
 
 cdef size_t scratch(const fastattn_problem* p) noexcept nogil:
-    return sizeof(real)*<size_t>(aligned(p.D*LANES) + BLOCK*LANES + aligned(p.Dv*LANES) + (7 + CHAINS)*LANES
+    return sizeof(real)*<size_t>(aligned(p.D*LANES) + BLOCK*LANES + aligned(p.Dv*LANES) + (5 + CHAINS)*LANES
                                  + aligned(BLOCK*p.D if p.key.col != 1 else 0)
+                                 + (BLOCK*LANES if p.bias.data != NULL else 0)
                                  + BLOCK*COPIED)
+
+
+cdef bint walk(Task* t, bint caller) noexcept nogil:
+    # All blocks of keys; False if the call was abandoned.
+    cdef const fastattn_problem* p = t.p
+    cdef int64_t block = t.k_begin - t.k_begin % BLOCK
+    cdef int count = 0
+    cdef Py_ssize_t i
+    cdef int a
+    t.settled = True
+    t.cut = False
+    memset(t.Ot, 0, p.Dv*LANES*sizeof(real))
+    for i in range(LANES):
+        t.m[i] = -INFINITY
+        t.l[i] = 0
+    t.later.n = 0
+    expect_masks(t, block, min(t.k_end, block + BLOCK))
+    for a in range(t.later.n):
+        for i in range(t.later.rows[a].left):
+            v_fetch_later(t.later.rows[a].at + i*t.later.rows[a].row, t.later.rows[a].size)
+    while block < t.k_end:
+        key_block(t, block, min(t.k_end, block + BLOCK))
+        block += BLOCK
+        count += 1
+        if count % POLL_EVERY == 0 and p.stop != NULL:
+            if caller and p.poll != NULL:
+                p.poll(p.poll_data)
+            if p.stop[0]:
+                return False
+    return True
 
 
 cdef int64_t blocks(int64_t L, int64_t heads, int64_t threads) noexcept nogil:
@@ -123,31 +154,76 @@ cdef int64_t tasks(const fastattn_problem* p, int64_t threads) noexcept nogil:
     return p.B*p.H*blocks(p.L, p.B*p.H, threads)
 
 
-cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t caller, void* memory) noexcept nogil:
-    cdef Task t
+cdef struct Place:
+    int64_t b, h, q_begin, q_end
+
+
+cdef void locate(const fastattn_problem* p, int64_t n_tasks, int64_t task, Place* place) noexcept nogil:
+    # Which rows of which head: vectors [n q / N, n (q + 1) / N) of its n vectors. The last rows see most when causal:
+    # longest first. Else in the order of memory: a window moves on over keys that are still in the cache.
     cdef int64_t n_blocks = n_tasks // (p.B*p.H)
     cdef int64_t n_vectors = (p.L + VL - 1) // VL
-    cdef int64_t q_block = n_blocks - 1 - task % n_blocks       # the last rows see most when causal: longest first
+    cdef int64_t q_block = task % n_blocks
+    if p.left >= p.S and p.right < p.S:
+        q_block = n_blocks - 1 - q_block
+    place.b = task // n_blocks // p.H
+    place.h = task // n_blocks % p.H
+    place.q_begin = n_vectors*q_block // n_blocks*VL
+    place.q_end = min(p.L, n_vectors*(q_block + 1) // n_blocks*VL)
+
+
+cdef void expect_task(Task* t, int64_t n_tasks, int64_t task) noexcept nogil:
+    # What the next task reads and this one does not: its queries; the keys and values behind the window, or of another head.
+    cdef const fastattn_problem* p = t.p
+    cdef Ahead* later = &t.later
+    cdef Place place
+    cdef int64_t first = t.k_end if p.left < p.S else p.S
+    cdef int64_t h_kv, n
+    later.at = 0
+    later.n_next = 0
+    if p.out.col == 1:
+        expect(&later.next[0], <const real*>p.out.data + offset(p, &p.out, t.b, t.h) + t.q_begin*p.out.row,
+               p.out.row*sizeof(real), t.n_queries, p.Dv*sizeof(real))
+        later.n_next = 1
+    if task >= n_tasks:
+        return
+    locate(p, n_tasks, task, &place)
+    h_kv = place.h // (p.H // p.Hkv)
+    if place.b != t.b or h_kv != t.h // (p.H // p.Hkv):
+        first = 0
+    n = max(<int64_t>0, min(p.S - first, <int64_t>LANES))
+    if p.query.col == 1:
+        expect(&later.next[later.n_next], <const real*>p.query.data + offset(p, &p.query, place.b, place.h)
+               + place.q_begin*p.query.row, p.query.row*sizeof(real), place.q_end - place.q_begin, p.D*sizeof(real))
+        later.n_next += 1
+    if p.key.col == 1 and n > 0:
+        expect(&later.next[later.n_next], <const real*>p.key.data + offset(p, &p.key, place.b, h_kv) + first*p.key.row,
+               p.key.row*sizeof(real), n, p.D*sizeof(real))
+        later.n_next += 1
+    if p.value.col == 1 and n > 0 and not t.cold:
+        expect(&later.next[later.n_next], <const real*>p.value.data + offset(p, &p.value, place.b, h_kv) + first*p.value.row,
+               p.value.row*sizeof(real), n, p.Dv*sizeof(real))
+        later.n_next += 1
+
+
+cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t caller, void* memory) noexcept nogil:
+    cdef Task t
+    cdef Place place
     cdef int64_t n_keys = p.S
-    cdef int64_t q_end, rows, block, k_begin, k_end, h_kv
-    cdef Py_ssize_t i
-    cdef int g
-    cdef int count = 0
+    cdef int64_t rows, h_kv
     cdef double kappa
     cdef real sign = 1
     cdef real* out
     cdef real* lse = NULL
+    locate(p, n_tasks, task, &place)
     t.p = p
-    t.b = task // n_blocks // p.H
-    t.h = task // n_blocks % p.H
-
-    # Which rows: vectors [n q / N, n (q + 1) / N) of the head's n vectors.
-    t.q_begin = n_vectors*q_block // n_blocks*VL
-    q_end = min(p.L, n_vectors*(q_block + 1) // n_blocks*VL)
+    t.b = place.b
+    t.h = place.h
+    t.q_begin = place.q_begin
+    rows = place.q_end - place.q_begin
     out = <real*>p.out.data + offset(p, &p.out, t.b, t.h) + t.q_begin*p.out.row
     if p.lse.data != NULL:
         lse = <real*>p.lse.data + offset(p, &p.lse, t.b, t.h) + t.q_begin*p.lse.row
-    rows = q_end - t.q_begin
     t.n_queries = rows
     if p.query_lengths != NULL:
         t.n_queries = max(<int64_t>0, min(rows, p.query_lengths[t.b] - t.q_begin))
@@ -155,6 +231,7 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
         if t.n_queries == 0:
             return
     t.vectors = <int>((t.n_queries + VL - 1) // VL)
+    t.lanes = ~<uint64_t>0 >> (64 - t.vectors*VL)
     if p.kv_lengths != NULL:
         n_keys = p.kv_lengths[t.b]
     intervals(&t, n_keys)
@@ -179,10 +256,9 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
     t.before = t.c + LANES
     t.base = t.before + LANES
     t.total = t.base + LANES
-    t.lo_rel = t.total + CHAINS*LANES
-    t.hi_rel = t.lo_rel + LANES
-    t.copied = t.hi_rel + LANES
+    t.copied = t.total + CHAINS*LANES
     t.packed_k = t.copied + BLOCK*COPIED
+    t.bias_tile = t.packed_k + aligned(BLOCK*p.D if p.key.col != 1 else 0)
 
     # The scale joins the exponent. Its sign goes into Q, exactly, so that the largest score has the largest exponent; where a
     # softcap or a bias makes logits of the scores, they apply it and the exponent keeps log2 e.
@@ -198,32 +274,18 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
             kappa = 1
             sign = 0
     t.kappa = <real>kappa
-    t.plain = p.softcap == 0 and t.bias == NULL
-    t.settled = True
-    t.cold = n_blocks <= 4
+    t.cold = n_tasks <= 4*p.B*p.H
+    expect_task(&t, n_tasks, task + 1)
 
     pack_queries(t.q + t.q_begin*p.query.row, p.query.row, p.query.col, t.n_queries, t.vectors, p.D, sign, t.Qt)
-    memset(t.Ot, 0, p.Dv*LANES*sizeof(real))
-    for i in range(LANES):
-        t.m[i] = -INFINITY
-        t.l[i] = 0
-
-    k_begin = t.lo_min[0]
-    k_end = t.hi_max[0]
-    for g in range(1, t.vectors):
-        if t.hi_max[g] > 0:
-            k_begin = t.lo_min[g] if k_end == 0 else min(k_begin, t.lo_min[g])
-            k_end = max(k_end, t.hi_max[g])
-    block = k_begin - k_begin % BLOCK
-    while block < k_end:
-        key_block(&t, block, min(k_end, block + BLOCK))
-        block += BLOCK
-        count += 1
-        if count % POLL_EVERY == 0 and p.stop != NULL:
-            if caller and p.poll != NULL:
-                p.poll(p.poll_data)
-            if p.stop[0]:
-                return
+    t.careful = False
+    if not walk(&t, caller):
+        return
+    if t.cut and not all_finite(t.Ot, LANES, p.Dv, t.vectors*VL):
+        # 0 · NaN or 0 · Inf of a value may have reached lanes that do not see its key
+        t.careful = True
+        if not walk(&t, caller):
+            return
     finish(&t, out, lse)
 
 

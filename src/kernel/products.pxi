@@ -14,9 +14,24 @@
 # `mr` and `nv` are literals at every call: the loops over them must unroll completely, or acc leaves the registers.
 # The sum over k is one chain of FMAs for each element, whatever the tile: the bits of C do not depend on the tiling.
 
-cdef inline void store_tile(const int mr, const int nv, vf acc[12][4], real* C, bint add) noexcept nogil:
+cdef enum How:
+    STORE                   # C = A B
+    ADD                     # C += A B
+    BIAS                    # C = scale A B + C, where C is a bias: -inf masks, even a NaN score
+
+
+cdef inline vf biased(vf s, vf scale, vf b) noexcept nogil:
+    # selected, because a NaN score plus -inf would be NaN
+    return v_where_lt(b, v_set1(-REAL_MAX), v_set1(-INFINITY), v_fma(s, scale, b))
+
+
+cdef inline void store_tile(const int mr, const int nv, vf acc[12][4], real* C, How how, real scale) noexcept nogil:
     cdef int i, j
-    if add:
+    if how == BIAS:
+        for i in range(mr):
+            for j in range(nv):
+                v_store(C + i*LANES + j*VL, biased(acc[i][j], v_set1(scale), v_load(C + i*LANES + j*VL)))
+    elif how == ADD:
         for i in range(mr):
             for j in range(nv):
                 v_store(C + i*LANES + j*VL, v_add(v_load(C + i*LANES + j*VL), acc[i][j]))
@@ -27,7 +42,7 @@ cdef inline void store_tile(const int mr, const int nv, vf acc[12][4], real* C, 
 
 
 cdef inline void tile_n(const int mr, const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n,
-                        real* C, bint add) noexcept nogil:
+                        real* C, How how, real scale) noexcept nogil:
     cdef vf acc[12][4]
     cdef vf b[4]
     cdef vf a
@@ -43,7 +58,7 @@ cdef inline void tile_n(const int mr, const int nv, const real* A, Py_ssize_t ld
             a = v_set1(A[i*lda + k])
             for j in range(nv):
                 acc[i][j] = v_fma(a, b[j], acc[i][j])
-    store_tile(mr, nv, acc, C, add)
+    store_tile(mr, nv, acc, C, how, scale)
 
 
 cdef inline void tile_t(const int mr, const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n,
@@ -75,48 +90,70 @@ cdef inline int rows_of(const int nv) noexcept nogil:
     return ROWS_1 if nv == 1 else ROWS_2 if nv == 2 else ROWS_3 if nv == 3 else ROWS_4
 
 
-cdef struct Rows:
-    const real* at
-    Py_ssize_t row          # stride
-    Py_ssize_t n            # reals of a row
+cdef struct Rows:           # rows that will be read later: values, bias, mask
+    const char* at
+    Py_ssize_t row          # bytes from one to the next
+    Py_ssize_t size         # bytes of one
+    Py_ssize_t left         # rows
 
 
-cdef inline void fetch(const real* A, Py_ssize_t lda, Py_ssize_t n, Py_ssize_t m, Rows* later) noexcept nogil:
-    # While a tile is multiplied: the m rows of A of the next one, and as many rows of what comes after this product.
+cdef struct Ahead:
+    Rows rows[3]            # for the next stage of this task, together
+    int n
+    Rows next[4]            # for the next task, one after the other
+    int at, n_next
+
+
+cdef inline void fetch_rows(Rows* rows, Py_ssize_t m) noexcept nogil:
     cdef Py_ssize_t i
+    m = min(m, rows.left)
+    for i in range(m):
+        v_fetch_later(rows.at, rows.size)
+        rows.at += rows.row
+    rows.left -= m
+
+
+cdef inline void fetch(const real* A, Py_ssize_t lda, Py_ssize_t n, Py_ssize_t m, Ahead* later) noexcept nogil:
+    # While a tile is multiplied: the m rows of A of the next one, and as many rows of each array that comes later. All at
+    # once would fill the queue of misses and stop the loads of the product.
+    cdef Py_ssize_t i
+    cdef int a
     for i in range(m):
         v_fetch_soon(A + i*lda, n)
-        v_fetch_later(later.at, later.n)
-        later.at += later.row
+    for a in range(later.n):
+        fetch_rows(&later.rows[a], m)
+    if later.at < later.n_next:
+        fetch_rows(&later.next[later.at], m)
+        later.at += later.next[later.at].left == 0
 
 
 cdef inline void columns_n(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
-                           Py_ssize_t m, bint add, Rows* later) noexcept nogil:
+                           Py_ssize_t m, How how, real scale, Ahead* later) noexcept nogil:
     # C[m, nv*VL] = A[m, n] · B[n, nv*VL]: full tiles, then what is left in tiles of 6, 4, 2 and 1 rows
     # (8 as 4 + 4: two rows alone have too few accumulators to fill the FMA units).
     while m >= rows_of(nv) and not (rows_of(nv) == 6 and m == 8):
         fetch(A + rows_of(nv)*lda, lda, n, min(<Py_ssize_t>rows_of(nv), m - rows_of(nv)), later)
-        tile_n(rows_of(nv), nv, A, lda, B, n, C, add)
+        tile_n(rows_of(nv), nv, A, lda, B, n, C, how, scale)
         A += rows_of(nv)*lda
         C += rows_of(nv)*LANES
         m -= rows_of(nv)
     if rows_of(nv) > 6 and m >= 6:
-        tile_n(6, nv, A, lda, B, n, C, add)
+        tile_n(6, nv, A, lda, B, n, C, how, scale)
         A += 6*lda
         C += 6*LANES
         m -= 6
     while rows_of(nv) > 4 and m >= 4:
-        tile_n(4, nv, A, lda, B, n, C, add)
+        tile_n(4, nv, A, lda, B, n, C, how, scale)
         A += 4*lda
         C += 4*LANES
         m -= 4
     if rows_of(nv) > 2 and m >= 2:
-        tile_n(2, nv, A, lda, B, n, C, add)
+        tile_n(2, nv, A, lda, B, n, C, how, scale)
         A += 2*lda
         C += 2*LANES
         m -= 2
     if m >= 1:
-        tile_n(1, nv, A, lda, B, n, C, add)
+        tile_n(1, nv, A, lda, B, n, C, how, scale)
 
 
 cdef inline void columns_t(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
@@ -147,19 +184,19 @@ cdef inline void columns_t(const int nv, const real* A, Py_ssize_t lda, const re
 
 
 cdef void product_n(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
-                    Py_ssize_t m, bint add, Rows later) noexcept nogil:
+                    Py_ssize_t m, How how, real scale, Ahead* later) noexcept nogil:
     # C[m, vectors*VL] = A[m, n] · B[n, vectors*VL], or += it
     while vectors >= GROUP:
-        columns_n(GROUP, A, lda, B, n, C, m, add, &later)
+        columns_n(GROUP, A, lda, B, n, C, m, how, scale, later)
         B += GROUP*VL
         C += GROUP*VL
         vectors -= GROUP
     if GROUP > 3 and vectors == 3:
-        columns_n(3, A, lda, B, n, C, m, add, &later)
+        columns_n(3, A, lda, B, n, C, m, how, scale, later)
     elif GROUP > 2 and vectors == 2:
-        columns_n(2, A, lda, B, n, C, m, add, &later)
+        columns_n(2, A, lda, B, n, C, m, how, scale, later)
     elif vectors == 1:
-        columns_n(1, A, lda, B, n, C, m, add, &later)
+        columns_n(1, A, lda, B, n, C, m, how, scale, later)
 
 
 cdef void product_t(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,

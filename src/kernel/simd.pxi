@@ -1,7 +1,7 @@
 # The vocabulary of simd.h for Cython. `vf` is declared as a scalar so that arrays of it can be written; every use goes
 # through the functions below.
 
-from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint64_t
 
 cdef extern from "<math.h>" nogil:
     double exp(double)
@@ -27,8 +27,7 @@ cdef extern from "simd.h" nogil:
         ROWS_4
     const real REAL_MAX
     void v_fetch_soon(const real*, Py_ssize_t)
-    void v_fetch_later(const real*, Py_ssize_t)
-    void v_fetch_bytes(const char*, Py_ssize_t)
+    void v_fetch_later(const char*, Py_ssize_t)
     vf v_load(const real*)
     void v_store(real*, vf)
     vf v_set1(real)
@@ -39,13 +38,14 @@ cdef extern from "simd.h" nogil:
     vf v_fma(vf, vf, vf)
     vf v_max(vf, vf)
     vf v_where_lt(vf, vf, vf, vf)
+    vf v_keep(vf, uint64_t)
+    vf v_hide(vf, uint64_t)
     bint v_any_nan(vf)
     bint v_any_above(vf, real)
     vf v_load_part(const real*, Py_ssize_t)
     void v_store_part(real*, vf, Py_ssize_t)
     vf v_gather(const real*, Py_ssize_t, Py_ssize_t)
     void v_scatter(real*, Py_ssize_t, vf, Py_ssize_t)
-    vf v_load_bytes(const uint8_t*, Py_ssize_t, Py_ssize_t)
     void v_transpose(v_square*)
     void v_move_square(const real*, Py_ssize_t, real*, Py_ssize_t)
     void v_move_square_scaled(const real*, Py_ssize_t, real*, Py_ssize_t, vf)

@@ -1,7 +1,7 @@
 # One block of keys through the online softmax (Milakov & Gimelshein 2018), on tiles whose lanes are queries:
 #
 #     m' = m, or the block's maximum where a weight would pass 2^HEADROOM                   new_reference
-#     P_j = 2^((S_j - m') κ)                                                                weigh, or fused_step with S = K Qt
+#     P_j = 2^((S_j - m') κ)                                               weigh, or fused_plain, fused_masked with S = K Qt
 #     l' = l c + sum_j P_j,  c = 2^((m - m') κ)                                             add_sums
 #
 # κ = scale · log2 e turns the exponential into 2^x. It is applied to the difference, so that the rounding of the scale is
@@ -9,7 +9,7 @@
 # throughout are uniform. Maximum, exponential and sum are vertical: no lane ever meets another.
 #
 # m is a reference, not the maximum: weights up to 2^HEADROOM lose nothing, and m then rarely moves after the first block.
-# So a later block is weighed with the m it finds, which lets `fused_step` weigh a tile of scores while the next one is
+# So a later block is weighed with the m it finds, which lets the fused functions weigh a tile of scores while the next one is
 # multiplied: the exponential's latency and its additions disappear behind the FMAs. Where the sum of the weights then shows
 # that a score outgrew m, the block is done again with a new one. Both ways give the same bits.
 #
@@ -19,48 +19,66 @@
 # Guards: a lane that has seen no key yet has m = -inf, and -inf - (-inf) would be NaN: its `base` is 0 instead.
 # v_max drops a NaN score; the exponential keeps it, so P, l and the output become NaN as IEEE says.
 
-cdef inline void weigh(const int nv, real* S, Py_ssize_t first, Py_ssize_t n, real kappa, const real* m,
-                       real* total) noexcept nogil:
-    # P = 2^((S - m) κ) in place for rows [first, first + n) of a block, and their sums.
+cdef inline vf weight(vf s, vf base, vf kappa, const bint masked, uint64_t seen) noexcept nogil:
+    # 2^((s - base) κ), and 0 for lanes that do not see the key, whatever its score
+    cdef vf x = v_exp2(v_mul(v_sub(s, base), kappa))
+    return v_keep(x, seen) if masked else x
+
+
+cdef inline void weigh(const int nv, const bint masked, real* S, Py_ssize_t n, real kappa, const real* m, real* total,
+                       Py_ssize_t first, const uint64_t* seen, int shift) noexcept nogil:
+    # P = 2^((S - m) κ) in place for n rows of a block, from its even row `first` on, and their sums. seen[j] >> shift: the
+    # lanes that see row j.
     cdef vf base[4]
     cdef vf k = v_set1(kappa)
     cdef vf x, y
     cdef real* chain
-    cdef Py_ssize_t j
+    cdef Py_ssize_t j = 0
     cdef bint pair
     cdef int g
     for g in range(nv):
         base[g] = v_load(m + g*VL)
-    j = first
-    while j < first + n:
-        chain = total + j//2 % CHAINS*LANES
-        pair = j % 2 == 0 and j + 1 < first + n
+    while j < n:
+        chain = total + (first + j)//2 % CHAINS*LANES
+        pair = j + 1 < n
         for g in range(nv):
-            x = v_exp2(v_mul(v_sub(v_load(S + g*VL), base[g]), k))
+            x = weight(v_load(S + g*VL), base[g], k, masked, seen[j] >> (shift + g*VL) if masked else 0)
             v_store(S + g*VL, x)
             if pair:
-                y = v_exp2(v_mul(v_sub(v_load(S + LANES + g*VL), base[g]), k))
+                y = weight(v_load(S + LANES + g*VL), base[g], k, masked, seen[j + 1] >> (shift + g*VL) if masked else 0)
                 v_store(S + LANES + g*VL, y)
                 x = v_add(x, y)
             v_store(chain + g*VL, v_add(v_load(chain + g*VL), x))
-        j += 2 if pair else 1
-        S += (2 if pair else 1)*LANES
+        j += 2
+        S += 2*LANES
 
 
-cdef void weigh_rows(int vectors, real* S, Py_ssize_t first, Py_ssize_t n, real kappa, const real* m,
-                     real* total) noexcept nogil:
-    while vectors >= 4:
-        weigh(4, S, first, n, kappa, m, total)
+cdef void weigh_rows(int vectors, bint masked, real* S, Py_ssize_t n, real kappa, const real* m, real* total,
+                     Py_ssize_t first, const uint64_t* seen, int shift) noexcept nogil:
+    while vectors >= 4 and not masked:
+        weigh(4, False, S, n, kappa, m, total, first, seen, shift)
         S += 4*VL
         m += 4*VL
         total += 4*VL
         vectors -= 4
-    if vectors == 3:
-        weigh(3, S, first, n, kappa, m, total)
-    elif vectors == 2:
-        weigh(2, S, first, n, kappa, m, total)
-    elif vectors == 1:
-        weigh(1, S, first, n, kappa, m, total)
+    if vectors == 3 and not masked:
+        weigh(3, False, S, n, kappa, m, total, first, seen, shift)
+        return
+    while vectors >= 2:
+        if masked:
+            weigh(2, True, S, n, kappa, m, total, first, seen, shift)
+        else:
+            weigh(2, False, S, n, kappa, m, total, first, seen, shift)
+        S += 2*VL
+        m += 2*VL
+        total += 2*VL
+        shift += 2*VL
+        vectors -= 2
+    if vectors == 1:
+        if masked:
+            weigh(1, True, S, n, kappa, m, total, first, seen, shift)
+        else:
+            weigh(1, False, S, n, kappa, m, total, first, seen, shift)
 
 
 cdef void clear_chains(int vectors, real* total) noexcept nogil:
@@ -79,9 +97,10 @@ cdef inline vf sum_chains(const real* total) noexcept nogil:
     return v_add(v_add(v_add(s[0], s[4]), v_add(s[2], s[6])), v_add(v_add(s[1], s[5]), v_add(s[3], s[7])))
 
 
-cdef inline void tile_n_weighing(const int mr, const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n,
-                                 real* C, bint add, real* W, Py_ssize_t first, real kappa, const real* m,
-                                 real* total) noexcept nogil:
+cdef inline void tile_n_weighing(const int mr, const int nv, const bint masked, const real* A, Py_ssize_t lda,
+                                 const real* B, Py_ssize_t n, real* C, How how, real scale, real* W, real kappa,
+                                 const real* m, real* total, Py_ssize_t first, const uint64_t* seen,
+                                 int shift) noexcept nogil:
     # tile_n, and between its steps over k rows [first, first + mr) of the block, at W, become weights; first and mr are even.
     # mr * nv accumulators stay in registers: what the exponential needs besides is read from memory each time.
     cdef vf acc[12][4]
@@ -97,7 +116,8 @@ cdef inline void tile_n_weighing(const int mr, const int nv, const real* A, Py_s
     for r in range(mr):
         chain = total + (first + r)//2 % CHAINS*LANES
         for j in range(nv):
-            x = v_exp2(v_mul(v_sub(v_load(W + r*LANES + j*VL), v_load(m + j*VL)), v_set1(kappa)))
+            x = weight(v_load(W + r*LANES + j*VL), v_load(m + j*VL), v_set1(kappa), masked,
+                       seen[r] >> (shift + j*VL) if masked else 0)
             v_store(W + r*LANES + j*VL, x)
             if r % 2 == 1:
                 x = v_add(v_load(W + (r - 1)*LANES + j*VL), x)
@@ -111,7 +131,7 @@ cdef inline void tile_n_weighing(const int mr, const int nv, const real* A, Py_s
                 for j in range(nv):
                     acc[i][j] = v_fma(a, b[j], acc[i][j])
             k += 1
-    store_tile(mr, nv, acc, C, add)
+    store_tile(mr, nv, acc, C, how, scale)
 
 
 cdef bint add_sums(int vectors, const real* total, const real* c, real* l) noexcept nogil:
@@ -126,44 +146,59 @@ cdef bint add_sums(int vectors, const real* total, const real* c, real* l) noexc
     return v_any_above(above, 1 << HEADROOM)
 
 
-cdef inline void fused_columns(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* S,
-                               bint add, Py_ssize_t first, Py_ssize_t n_keys, real kappa, const real* m, real* total,
-                               Rows* later) noexcept nogil:
-    # Rows [first, first + n_keys) of the block, first even: S = 2^(((S +) A B - m) κ), and their sums.
+cdef inline void fused_columns(const int nv, const bint masked, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n,
+                               real* S, How how, real scale, Py_ssize_t n_keys, real kappa, const real* m, real* total,
+                               Py_ssize_t first, const uint64_t* seen, int shift, Ahead* later) noexcept nogil:
+    # Rows [first, first + n_keys) of the block, first even: S = 2^((A B - m) κ), and their sums.
     cdef real* waiting = S
     cdef Py_ssize_t left = n_keys
     if left >= rows_of(nv):
-        tile_n(rows_of(nv), nv, A, lda, B, n, S, add)
+        tile_n(rows_of(nv), nv, A, lda, B, n, S, how, scale)
         A += rows_of(nv)*lda
         S += rows_of(nv)*LANES
         left -= rows_of(nv)
     while left >= rows_of(nv):
         fetch(A + rows_of(nv)*lda, lda, n, min(<Py_ssize_t>rows_of(nv), left - rows_of(nv)), later)
-        tile_n_weighing(rows_of(nv), nv, A, lda, B, n, S, add, waiting, first, kappa, m, total)
+        tile_n_weighing(rows_of(nv), nv, masked, A, lda, B, n, S, how, scale, waiting, kappa, m, total, first, seen, shift)
         waiting = S
         first += rows_of(nv)
+        seen += rows_of(nv)
         A += rows_of(nv)*lda
         S += rows_of(nv)*LANES
         left -= rows_of(nv)
-    columns_n(nv, A, lda, B, n, S, left, add, later)
-    weigh_rows(nv, waiting, first, (S - waiting)//LANES + left, kappa, m, total)
+    columns_n(nv, A, lda, B, n, S, left, how, scale, later)
+    weigh_rows(nv, masked, waiting, (S - waiting)//LANES + left, kappa, m, total, first, seen, shift)
 
 
-cdef void fused_step(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* S, bint add,
-                     Py_ssize_t first, Py_ssize_t n_keys, real kappa, const real* m, real* total, Rows later) noexcept nogil:
+cdef inline void fused_groups(const bint masked, int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n,
+                              real* S, How how, real scale, Py_ssize_t n_keys, real kappa, const real* m, real* total,
+                              Py_ssize_t first, const uint64_t* seen, int shift, Ahead* later) noexcept nogil:
     while vectors >= GROUP:
-        fused_columns(GROUP, A, lda, B, n, S, add, first, n_keys, kappa, m, total, &later)
+        fused_columns(GROUP, masked, A, lda, B, n, S, how, scale, n_keys, kappa, m, total, first, seen, shift, later)
         B += GROUP*VL
         S += GROUP*VL
         m += GROUP*VL
         total += GROUP*VL
+        shift += GROUP*VL
         vectors -= GROUP
     if GROUP > 3 and vectors == 3:
-        fused_columns(3, A, lda, B, n, S, add, first, n_keys, kappa, m, total, &later)
+        fused_columns(3, masked, A, lda, B, n, S, how, scale, n_keys, kappa, m, total, first, seen, shift, later)
     elif GROUP > 2 and vectors == 2:
-        fused_columns(2, A, lda, B, n, S, add, first, n_keys, kappa, m, total, &later)
+        fused_columns(2, masked, A, lda, B, n, S, how, scale, n_keys, kappa, m, total, first, seen, shift, later)
     elif vectors == 1:
-        fused_columns(1, A, lda, B, n, S, add, first, n_keys, kappa, m, total, &later)
+        fused_columns(1, masked, A, lda, B, n, S, how, scale, n_keys, kappa, m, total, first, seen, shift, later)
+
+
+cdef void fused_plain(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* S, How how, real scale,
+                      Py_ssize_t n_keys, real kappa, const real* m, real* total, Py_ssize_t first,
+                      Ahead* later) noexcept nogil:
+    fused_groups(False, vectors, A, lda, B, n, S, how, scale, n_keys, kappa, m, total, first, NULL, 0, later)
+
+
+cdef void fused_masked(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* S, How how, real scale,
+                       Py_ssize_t n_keys, real kappa, const real* m, real* total, Py_ssize_t first, const uint64_t* seen,
+                       int shift, Ahead* later) noexcept nogil:
+    fused_groups(True, vectors, A, lda, B, n, S, how, scale, n_keys, kappa, m, total, first, seen, shift, later)
 
 
 cdef inline void maximum(const int nv, const real* S, Py_ssize_t n, real* result) noexcept nogil:

@@ -6,22 +6,24 @@ cdef struct Task:
     Py_ssize_t q_begin              # first query of the block
     Py_ssize_t n_queries            # valid ones; rows past query_lengths are not
     int vectors
-    # lane i sees keys lo[i] <= j < hi[i]; per vector the union [lo_min, hi_max) and the part all its lanes see
+    # Lane i sees keys lo[i] <= j < hi[i], of which the mask may hide some. Some lane sees [k_begin, k_end), all see
+    # [full_begin, full_end).
     int64_t lo[LANES]
     int64_t hi[LANES]
-    int64_t lo_min[BLOCK_VECTORS]
-    int64_t hi_max[BLOCK_VECTORS]
-    int64_t lo_max[BLOCK_VECTORS]
-    int64_t hi_min[BLOCK_VECTORS]
+    int64_t k_begin, k_end, full_begin, full_end
+    uint64_t lanes                  # bits of the block's lanes
+    uint64_t seen[BLOCK]            # the lanes that see each key of the present block, where not all see all
     const real* q
     const real* k
     const real* v
     const real* bias
     const uint8_t* mask
     real kappa                      # logits of S to exponents of 2; > 0
-    bint plain                      # scores are logits as they stand: no softcap, no bias
     bint cold                       # few blocks of queries share these keys: worth fetching the values early
     bint settled                    # no maximum has outgrown its reference yet: worth fusing
+    bint cut                        # a value was multiplied by the weight 0 of a lane that does not see its key
+    bint careful                    # such values are looked at first: NaN and Inf stay with those who see them
+    Ahead later
     # scratch
     real* Qt
     real* S
@@ -32,8 +34,7 @@ cdef struct Task:
     real* before                    # l as it was before the block
     real* base                      # m, or 0 where it is -inf
     real* total                     # [CHAINS][LANES] sums of the block's weights
-    real* lo_rel                    # lo and hi relative to the block of keys, as numbers
-    real* hi_rel
+    real* bias_tile                 # [BLOCK][LANES]
     real* packed_k
     real* copied                    # [BLOCK][COPIED] values
 
@@ -62,17 +63,15 @@ cdef bint visible(const Task* t, Py_ssize_t i, int64_t j) noexcept nogil:
 
 cdef void intervals(Task* t, int64_t n_keys) noexcept nogil:
     # Causal, window and lengths are one interval a lane. Lanes past the last query repeat it, so that they never make a
-    # full tile partial; an empty lane has lo = hi = 0 and drops out of the unions.
+    # full tile partial; an empty lane has lo = hi = 0.
     cdef const fastattn_problem* p = t.p
     cdef int64_t at, lo, hi
     cdef int64_t first = p.query_offset[t.b] if p.query_offset != NULL else p.offset
     cdef Py_ssize_t i
-    cdef int g
-    for g in range(t.vectors):
-        t.lo_min[g] = n_keys
-        t.hi_max[g] = 0
-        t.lo_max[g] = 0
-        t.hi_min[g] = n_keys
+    t.k_begin = n_keys
+    t.k_end = 0
+    t.full_begin = 0
+    t.full_end = n_keys
     for i in range(t.vectors*VL):
         at = first + t.q_begin + min(i, t.n_queries - 1)
         lo = max(<int64_t>0, at - p.left)
@@ -80,14 +79,85 @@ cdef void intervals(Task* t, int64_t n_keys) noexcept nogil:
         if lo >= hi:
             lo = 0
             hi = 0
-        g = i // VL
         t.lo[i] = lo
         t.hi[i] = hi
-        t.lo_max[g] = max(t.lo_max[g], lo)
-        t.hi_min[g] = min(t.hi_min[g], hi)
+        t.full_begin = max(t.full_begin, lo)
+        t.full_end = min(t.full_end, hi)
         if lo < hi:
-            t.lo_min[g] = min(t.lo_min[g], lo)
-            t.hi_max[g] = max(t.hi_max[g], hi)
-    for g in range(t.vectors):
-        if t.hi_max[g] == 0:
-            t.lo_min[g] = 0
+            t.k_begin = min(t.k_begin, lo)
+            t.k_end = max(t.k_end, hi)
+
+
+cdef void hide_masked(Task* t, int64_t block, Py_ssize_t n) noexcept nogil:
+    # seen[j] &= the lanes i whose mask[i, j] is not 0. Bytes along keys become bits along lanes: eight rows make a row of
+    # bytes, eight of those a row of words.
+    cdef Py_ssize_t row = t.p.mask.row
+    cdef Py_ssize_t col = t.p.mask.col
+    cdef const uint8_t* mask = t.mask + t.q_begin*row + block*col
+    cdef const uint8_t* line
+    cdef uint8_t octets[8][BLOCK]
+    cdef uint8_t packed[BLOCK]
+    cdef uint8_t* octet
+    cdef uint8_t bit
+    cdef Py_ssize_t i, j
+    if row == 0:
+        for j in range(n):
+            if mask[j*col] == 0:
+                t.seen[j] = 0
+        return
+    memset(octets, 0, sizeof(octets))
+    for i in range(t.vectors*VL):
+        line = mask + min(i, t.n_queries - 1)*row
+        if col != 1:
+            for j in range(n):
+                packed[j] = line[j*col]
+            line = packed
+        octet = octets[i//8]
+        bit = <uint8_t>(1 << i % 8)
+        for j in range(n):
+            octet[j] |= bit if line[j] != 0 else 0
+    for j in range(n):
+        t.seen[j] &= (<uint64_t>octets[0][j] | <uint64_t>octets[1][j] << 8 | <uint64_t>octets[2][j] << 16
+                      | <uint64_t>octets[3][j] << 24 | <uint64_t>octets[4][j] << 32 | <uint64_t>octets[5][j] << 40
+                      | <uint64_t>octets[6][j] << 48 | <uint64_t>octets[7][j] << 56)
+
+
+cdef enum Look:
+    NOTHING
+    PART
+    ALL
+
+
+cdef Look look(Task* t, int64_t block, int64_t end) noexcept nogil:
+    # How much of keys [block, end) the lanes see; fills `seen` unless that is all by the intervals alone.
+    cdef Py_ssize_t n = end - block
+    cdef Py_ssize_t i, j, begin, stop
+    cdef bint full = t.full_begin <= block and t.full_end >= end
+    cdef uint64_t lanes
+    cdef uint64_t some = 0
+    cdef uint64_t every = t.lanes
+    if full and t.mask == NULL:
+        return ALL
+    if full:
+        for j in range(n):
+            t.seen[j] = t.lanes
+    else:
+        # a bit turns where an interval begins and where it ends
+        memset(t.seen, 0, n*sizeof(uint64_t))
+        for i in range(t.vectors*VL):
+            begin = max(t.lo[i] - block, <int64_t>0)
+            stop = min(t.hi[i] - block, <int64_t>n)
+            if begin < stop:
+                t.seen[begin] ^= <uint64_t>1 << i
+                if stop < n:
+                    t.seen[stop] ^= <uint64_t>1 << i
+        lanes = 0
+        for j in range(n):
+            lanes ^= t.seen[j]
+            t.seen[j] = lanes
+    if t.mask != NULL:
+        hide_masked(t, block, n)
+    for j in range(n):
+        some |= t.seen[j]
+        every &= t.seen[j]
+    return NOTHING if some == 0 else ALL if every == t.lanes else PART
