@@ -1,10 +1,12 @@
 """The rows of the bench: shapes (B, H, L=S, D), options timed against a call without them, and what each must reach."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+import fastattn as fa
+from fastattn import masks
 from fastattn.bench import SHAPES, Row
 
 BOTH = (False, True)
@@ -44,8 +46,9 @@ BUILD_S = 240
 class Option:
     """A call with options, timed beside the same call without: time must be at most ``limit · share · time without``.
 
-    ``make(row, rng)`` returns the options to pass, the mask they amount to (or None), and their bias (or None).
-    ``share(row)`` is the visible share of the L·S pairs where the option skips work, 1 where it can't.
+    ``make(row, rng)`` returns the options to pass, the mask they amount to (or None), and their bias (or None); a
+    softcap is checked from the options. ``share(row)`` is the visible share of the L·S pairs where the option skips
+    work, 1 where it can't. ``without``: the options of the other call.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Option:
     make: Callable
     limit: float
     share: Callable = lambda row: 1.0
+    without: dict = field(default_factory=dict)
 
 
 def _bias(*axes):
@@ -88,14 +92,100 @@ def _window(row, rng):
     return {"window": (WINDOW, WINDOW)}, _band(row.L), None
 
 
+def _plan(expression):
+    """An expression, compiled outside the timing."""
+    def make(row, rng):
+        mask = expression(row.L)
+        return {"mask": mask.compile(row.L, row.L)}, mask.to_dense(row.L, row.L), None
+
+    return make
+
+
+def _visible(expression):
+    return lambda row: expression(row.L).compile(row.L, row.L).share
+
+
+def _expressed(name, row, expression, limit):
+    return Option(name, row, _plan(expression), limit, _visible(expression))
+
+
+def _random_blocks(length):
+    return masks.random_blocks(64, 0.1)
+
+
+def _grid(length):  # a square image
+    side = int(length**0.5)
+    return masks.neighborhood((side, side), 13)
+
+
+def _causal_bias(bias, **options):
+    """A bias object with causal; its dense form is what it means."""
+    def make(row, rng):
+        made, dense = bias(row, rng)
+        return {"bias": made, "causal": True} | options, np.tri(row.L, dtype=bool), dense
+
+    return make
+
+
+def _distance(row):
+    i = np.arange(row.L)
+    return i - i[:, None]
+
+
+def _alibi(row, rng):
+    slopes = fa.positions.alibi_slopes(row.H).astype(row.dtype)
+    return fa.ALiBi(slopes), slopes[:, None, None] * _distance(row).astype(row.dtype)
+
+
+def _t5(row, rng):
+    table = rng.standard_normal((32, row.H), dtype=row.dtype)
+    bucket = fa.positions.relative_buckets(_distance(row), num_buckets=32, bidirectional=False)
+    return fa.RelativeBias.t5(table, bidirectional=False), np.moveaxis(table[bucket], -1, 0)
+
+
+def _softcap(row, rng):
+    return {"softcap": 5.0, "causal": True}, np.tri(row.L, dtype=bool), None
+
+
+CAUSAL = {"causal": True}
 OPTIONS = [
-    Option("float bias (B,H,L,S)", Row(1, 8, 2048, 64), _bias("B", "H", "L", "L"), 1.3),
-    Option("float bias (L,S)", Row(1, 8, 2048, 64), _bias("L", "L"), 1.3),
-    Option("bool mask (B,H,L,S)", Row(1, 8, 2048, 64), _mask("B", "H", "L", "L"), 1.3),
-    Option("bool mask (L,S)", Row(1, 8, 2048, 64), _mask("L", "L"), 1.3),
+    Option("float bias (B,H,L,S)", Row(1, 8, 2048, 64), _bias("B", "H", "L", "L"), 1.2),
+    Option("float bias (L,S)", Row(1, 8, 2048, 64), _bias("L", "L"), 1.2),
+    Option("bool mask (B,H,L,S)", Row(1, 8, 2048, 64), _mask("B", "H", "L", "L"), 1.2),
+    Option("bool mask (L,S)", Row(1, 8, 2048, 64), _mask("L", "L"), 1.2),
     Option("kv_lengths half of S", Row(1, 8, 2048, 64), _half, 1.1, lambda row: (row.L // 2) / row.L),
     Option("window ±128", Row(1, 8, 8192, 64), _window, 1.4, lambda row: float(_band(row.L).mean())),
+    Option("window ±128", Row(1, 4, 8192, 64), _window, 1.35, lambda row: float(_band(row.L).mean())),
+    _expressed("longformer(256, 4)", Row(1, 8, 4096, 64), lambda length: masks.longformer(256, 4), 1.4),
+    _expressed("bigbird(64)", Row(1, 8, 4096, 64), lambda length: masks.bigbird(64), 1.2),
+    _expressed("neighborhood 13×13", Row(1, 8, 4096, 64), _grid, 3),
+    _expressed("random 64×64 blocks, 10 %", Row(1, 8, 4096, 64), _random_blocks, 1.2),
+    Option("ALiBi, causal", Row(1, 8, 2048, 64, causal=True), _causal_bias(_alibi), 1.15, without=CAUSAL),
+    Option("T5 table, causal", Row(1, 8, 2048, 64, causal=True), _causal_bias(_t5), 1.2, without=CAUSAL),
+    Option("softcap, causal", Row(1, 8, 2048, 64, causal=True), _softcap, 1.5, without=CAUSAL),
 ]
+
+WINDOW_ROW = Row(1, 4, 8192, 64)
+WINDOW_OVER_TORCH = 80
+
+PACKED = Row(24, 8, 8192, 64)  # B sequences whose lengths are drawn log-normally, L rows in all
+PACKED_OVER_SEPARATE = 1.05
+
+COMPILED = masks.longformer(512, 4), 65536
+COMPILE_S = 20e-3
+
+LONG_WINDOW = 65536, 512  # rows of one head, keys of a window
+LONG_WINDOW_BYTES = 50e6
+
+WEIGHTS = Row(1, 8, 4096, 64)
+WEIGHTS_OVER_FORWARD = 1.5
+
+
+def packed_lengths(row, rng):
+    """B positive lengths that sum to L."""
+    drawn = np.exp(rng.standard_normal(row.B))
+    ends = np.round(np.cumsum(drawn) / drawn.sum() * (row.L - row.B)).astype(int)
+    return np.diff(ends, prepend=0) + 1
 
 
 # The short run: the same code on small problems, for CI. 1, primes, a tile and one more, odd head sizes.
@@ -108,5 +198,7 @@ SHORT_GRID = [Row(*shape, causal, dtype) for shape in SHORT_SHAPES for causal in
 SHORT_LENGTH = 333
 
 
-def shortened(row):
-    return replace(row, L=min(row.L, SHORT_LENGTH))
+def shortened(option):
+    """The same option on a small problem: expressions of blocks and images keep a length that fits them."""
+    length = 576 if option.row.L == 4096 else SHORT_LENGTH
+    return replace(option, row=replace(option.row, L=length))

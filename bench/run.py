@@ -129,13 +129,15 @@ def share(run, row, limit, *beside):
 def options(run):
     """Calls with options, timed beside the same call without."""
     for option in bench.progress(cases.OPTIONS):
-        row = cases.shortened(option.row) if run.short else option.row
+        option = cases.shortened(option) if run.short else option
+        row = option.row
         what = f"{row}, {option.name}"
         inputs = row.inputs()
         keywords, mask, bias = option.make(row, np.random.default_rng(1))
-        calls = {"without": partial(fa.attention, *inputs), "with": partial(fa.attention, *inputs, **keywords)}
+        calls = {name: partial(fa.attention, *inputs, **chosen)
+                 for name, chosen in (("without", option.without), ("with", keywords))}
         rows = bench.checked_rows(row.L)
-        expected = bench.exact(*inputs, rows, mask=mask, bias=bias)
+        expected = bench.exact(*inputs, rows, mask=mask, bias=bias, softcap=keywords.get("softcap"))
         _, worst = bench.errors(calls["with"](), expected, rows, inputs[2])
         if not worst <= bench.tolerance("fastattn", row.dtype):
             yield wrong(what, worst)
@@ -146,6 +148,116 @@ def options(run):
         note = f" ({stats['with'].median * 1e3:.4g} ms; without {stats['without'].median * 1e3:.4g} ms)"
         times = "× the time without" if share == 1 else f"× {share:.2%} of the time without"
         yield at_most(what, option.limit, ratio, " " + times, note)
+
+
+def window_peers(run):
+    """A window against torch: with its mask, and as compiled flex_attention where that runs."""
+    row = cases.WINDOW_ROW
+    inputs = row.inputs()
+    calls = {"fastattn": partial(fa.attention, *inputs, window=cases.WINDOW)}
+    what = f"{row}, window ±{cases.WINDOW}"
+    try:
+        import torch
+    except ImportError as error:
+        yield not_measured(f"{what}, against torch with a mask", f"≥ {cases.WINDOW_OVER_TORCH} ×", str(error))
+        return
+    torch.set_num_threads(run.threads)
+    torch.set_grad_enabled(False)
+    tensors = [torch.from_numpy(x) for x in inputs]
+    band = torch.from_numpy(fa.masks.window(cases.WINDOW).to_dense(row.L, row.L))
+    calls["torch"] = partial(torch.nn.functional.scaled_dot_product_attention, *tensors, attn_mask=band)
+    expected = calls["fastattn"]()
+    try:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def near(b, h, i, j):
+            return (i - j).abs() <= cases.WINDOW
+
+        blocks = create_block_mask(near, None, None, row.L, row.L, device="cpu")
+        flex = partial(torch.compile(flex_attention), *tensors, block_mask=blocks)
+        if np.abs(flex().numpy() - expected).max() < 1e-5:
+            calls["flex_attention"] = flex
+    except Exception as error:  # noqa: BLE001  it needs a compiler, and a CPU that it knows
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:60]
+        yield not_measured(f"{what}, against flex_attention", "> 1 ×", reason)
+    stats = bench.interleave(calls, run.budget)
+    for peer, limit in (("torch", cases.WINDOW_OVER_TORCH), ("flex_attention", 1)):
+        if peer in stats:
+            note = f" ({stats['fastattn'].median * 1e3:.4g} against {stats[peer].median * 1e3:.4g} ms)"
+            yield at_least(f"{what}, against {peer}", limit, stats[peer].median / stats["fastattn"].median, " ×", note)
+
+
+def packed(run):
+    """Packed sequences against the sum of separate calls, by lengths and as a mask of documents."""
+    row = cases.PACKED
+    lengths = cases.packed_lengths(row, np.random.default_rng(3))
+    ends = np.cumsum(np.concatenate(([0], lengths)))
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal((row.L, row.H, row.D), dtype=row.dtype) for _ in range(3)]
+    whole = [np.ascontiguousarray(x.swapaxes(0, 1)) for x in inputs]
+    alone = [[np.ascontiguousarray(x[:, a:b]) for x in whole] for a, b in zip(ends, ends[1:], strict=False)]
+    plan = fa.masks.documents(np.repeat(np.arange(row.B), lengths)).compile(row.L, row.L)
+    calls = {
+        "separate": lambda: [fa.attention(*x) for x in alone],
+        "varlen_attention": partial(fa.varlen_attention, *inputs, ends, ends),
+        "mask=documents(...)": partial(fa.attention, *whole, mask=plan),
+    }
+    expected = np.concatenate(calls["separate"](), axis=1)
+    for name, out in (("varlen_attention", calls["varlen_attention"]().swapaxes(0, 1)),
+                      ("mask=documents(...)", calls["mask=documents(...)"]())):
+        if not np.abs(out - expected).max() <= 1e-5:
+            yield wrong(f"packed documents, {name}", float(np.abs(out - expected).max()))
+    stats = bench.interleave(calls, run.budget)
+    for name in list(calls)[1:]:
+        note = f" ({stats[name].median * 1e3:.4g} against {stats['separate'].median * 1e3:.4g} ms)"
+        what = f"{row.B} packed documents of {row.L} rows, {name} against separate calls"
+        yield at_most(what, cases.PACKED_OVER_SEPARATE, stats[name].median / stats["separate"].median, " ×", note)
+
+
+def compiling(run):
+    """Compiling a mask, and the memory of a long windowed call."""
+    mask, length = cases.COMPILED
+    seconds = []
+    for _ in range(9):
+        mask._plans.clear()
+        begin = time.perf_counter()
+        plan = mask.compile(length, length)
+        seconds.append(time.perf_counter() - begin)
+    what = f"{mask!r} at S = {length}"
+    yield at_most(f"{what}, compile", cases.COMPILE_S * 1e3, statistics.median(seconds) * 1e3, " ms",
+                  f" ({len(plan.block)} tiles, {plan.nbytes / 1e3:.0f} kB)")
+    length, window = cases.LONG_WINDOW
+    # VmHWM is the most that was ever resident: a process of its own, whose arrays are resident before.
+    code = f"""
+import re, numpy, fastattn
+def most():
+    return 1024*int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+q, k, v, out = (numpy.ones((1, {length}, 64), numpy.float32) for _ in range(4))
+before = most()
+fastattn.attention(q, k, v, mask=fastattn.masks.window({window}), out=out)
+print(most() - before)
+"""
+    what = f"S = {length}, one head, masks.window({window}): memory beyond inputs and output"
+    with tempfile.TemporaryDirectory() as folder:
+        done = python(["-c", code], folder)
+    if done.returncode:
+        yield not_measured(what, f"≤ {cases.LONG_WINDOW_BYTES / 1e6:g} MB", done.stderr.strip().splitlines()[-1])
+    else:
+        yield at_most(what, cases.LONG_WINDOW_BYTES / 1e6, int(done.stdout) / 1e6, " MB")
+
+
+def weights(run):
+    """The weights reduced over the queries, against a forward."""
+    row = cases.WEIGHTS
+    query, key, value = row.inputs()
+    calls = {"forward": partial(fa.attention, query, key, value)}
+    calls["sum"] = partial(fa.attention_weights, query, key, reduce="sum")
+    total = calls["sum"]().sum(axis=-1)
+    if not np.abs(total / row.L - 1).max() <= 1e-5:
+        yield wrong(f"{row}, weights summed over the queries", float(np.abs(total / row.L - 1).max()))
+    stats = bench.interleave(calls, run.budget)
+    yield at_most(f"{row}, weights summed over the queries", cases.WEIGHTS_OVER_FORWARD,
+                  stats["sum"].median / stats["forward"].median, " × a forward")
 
 
 def tiny(run):
@@ -277,7 +389,8 @@ def short(run):
     yield at_least("small problems with right results", len(cases.SHORT_GRID), right)
 
 
-CHECKS = [grid, long, options, float64, tiny, forced, threads, after_matmul, scratch, imports, wheel]
+CHECKS = [grid, long, options, window_peers, packed, compiling, weights, float64, tiny, forced, threads, after_matmul,
+          scratch, imports, wheel]
 SHORT_CHECKS = [short, options, scratch, imports]
 
 

@@ -9,7 +9,7 @@ from pkgutil import extend_path
 # look for them in the installed one too.
 __path__ = extend_path(__path__, __name__)
 
-from . import reference
+from . import masks, positions, reference
 from ._runtime import config as _config
 from ._runtime import (
     get_include,
@@ -19,9 +19,11 @@ from ._runtime import (
     show_config,
     threads,
 )
-from .attention import attention
+from .attention import attention, attention_weights, varlen_attention
+from .bias import ALiBi, RelativeBias
+from .merge import merge_states
 
 __version__ = _config()["fastattn"]
 
-__all__ = ["attention", "get_include", "get_num_threads", "isa", "reference", "set_num_threads", "show_config",
-           "threads"]
+__all__ = ["ALiBi", "RelativeBias", "attention", "attention_weights", "get_include", "get_num_threads", "isa", "masks",
+           "merge_states", "positions", "reference", "set_num_threads", "show_config", "threads", "varlen_attention"]

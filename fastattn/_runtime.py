@@ -73,7 +73,7 @@ measure_peak = None
 if _isa == "reference":
     def forward(problem):
         from . import reference
-        reference.forward(problem)
+        (reference.forward_weights if problem.reduce else reference.forward)(problem)
 else:
     _dispatch.bind(*(importlib.import_module(f"{__package__}._kernel_{_isa}_f{bits}").table for bits in (32, 64)))
     _dispatch.set_process(threading.main_thread().ident, os.cpu_count() or 1)

@@ -28,10 +28,12 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
         are equal or 1; those of size 1 are broadcast.
     value : array (..., Hkv, S, Dv), query's dtype
         Dv may differ from D.
-    mask : bool array that broadcasts to (..., H, L, S), optional
-        True = attend.
-    bias : array of query's dtype that broadcasts to (..., H, L, S), optional
-        Added to the scores. -inf masks the position.
+    mask : bool array, expression of `fastattn.masks`, `masks.Plan` or scipy.sparse array (L, S), optional
+        True = attend, or nonzero in a sparse array. Arrays broadcast to (..., H, L, S), the leading axes of expressions
+        and plans to (..., H). All but bool arrays become tiles of 64 queries x 96 keys; those nobody sees cost nothing.
+    bias : array of query's dtype that broadcasts to (..., H, L, S), `ALiBi` or `RelativeBias`, optional
+        Added to the scores. -inf masks the position. The objects are computed from positions j and i + query_offset,
+        with or without causal, and take no L x S memory.
     causal : bool
         Query i sees the keys j <= i + query_offset. With the default offset the last query sees the last key::
 
@@ -51,7 +53,7 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
         means (w, w), or (w, 0) if causal.
     query_offset : int or integers that broadcast to the leading axes, optional
         Position of query 0 on the axis of keys; the length of the past in a cache. Default ``kv_lengths - L``, or
-        ``S - L`` without lengths. Negative offsets leave early rows empty. Without causal and window it has no effect.
+        ``S - L`` without lengths. Negative offsets leave early rows empty. It moves causal, window and bias objects.
     query_lengths, kv_lengths : int or integers that broadcast to the leading axes, optional
         Rows at and past ``query_lengths[b]`` have out 0 and lse -inf; keys at and past ``kv_lengths[b]`` are masked.
         Default L and S.
@@ -97,8 +99,7 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
         an unknown normalizer or deterministic; an address or strides that are no multiple of the item size; out= of the
         wrong shape or dtype, read-only, overlapping itself or an input.
     NotImplementedError
-        Options of later versions: other normalizers, dropout_p > 0, ``deterministic="row"``, sparse arrays and
-        expressions as mask or bias, float16 and bfloat16.
+        Options of later versions: other normalizers, dropout_p > 0, ``deterministic="row"``, float16 and bfloat16.
     MemoryError
         No memory for the result or the scratch.
 
@@ -159,3 +160,134 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
         deterministic=deterministic, num_threads=num_threads)
     _runtime.forward(problem)
     return problem.result()
+
+
+def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, mask=None, bias=None, causal=False, window=None,
+                     query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None, sinks=None,
+                     normalizer=_SOFTMAX, dropout_p=_NO_DROPOUT, seed=None, out=None, return_lse=False,
+                     deterministic=None, num_threads=None):
+    """Attention within each of many sequences that lie one behind the other, without padding.
+
+    Sequence b of B is rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1] - 1`` of query and rows ``cu_seqlens_k[b]`` to
+    ``cu_seqlens_k[b + 1] - 1`` of key and value. Its result has the bits of `attention` on it alone, and the work is
+    shared out between threads in blocks of rows, whatever the lengths are.
+
+    Parameters
+    ----------
+    query : array (Tq, H, D), float32 or float64
+    key : array (Tk, Hkv, D), query's dtype
+        Hkv divides H.
+    value : array (Tk, Hkv, Dv), query's dtype
+    cu_seqlens_q, cu_seqlens_k : integers (B + 1,)
+        Start at 0, do not decrease, end at Tq and Tk. Empty sequences are fine.
+    mask, bias : optional
+        Arrays that broadcast to (B, H, longest L, longest S), of which each sequence uses its first rows and keys; or a
+        `fastattn.masks` expression, which holds within each sequence; or a bias object.
+    query_offset, query_lengths, kv_lengths : int or integers (B,), optional
+        For each sequence; the default offset is its keys less its queries.
+    causal, window, scale, softcap, sinks, normalizer, dropout_p, seed, deterministic, num_threads : optional
+        As in `attention`.
+    out : ndarray (Tq, H, Dv) of query's dtype, optional
+        Filled and returned.
+    return_lse : bool
+        Return (out, lse).
+
+    Returns
+    -------
+    out : ndarray (Tq, H, Dv), query's dtype, 64-byte aligned
+    lse : ndarray (Tq, H), query's dtype
+        Only with ``return_lse``, in nats.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError, MemoryError
+        As `attention`; ValueError where cu_seqlens do not start at 0, decrease, end elsewhere or differ in number;
+        TypeError for a compiled plan or a sparse array as mask, which fit one length only.
+
+    Notes
+    -----
+    The layout is that of the variable-length functions of FlashAttention (Dao et al., 2022).
+
+    Examples
+    --------
+    Two sequences of 3 and 2 rows:
+
+    >>> import numpy as np
+    >>> import fastattn as fa
+    >>> query, key, value = np.random.default_rng(0).standard_normal((3, 5, 4, 8), np.float32)
+    >>> out = fa.varlen_attention(query, key, value, [0, 3, 5], [0, 3, 5], causal=True)
+    >>> last = fa.attention(*(x[3:].swapaxes(0, 1) for x in (query, key, value)), causal=True)
+    >>> bool((out[3:].swapaxes(0, 1) == last).all())
+    True
+    """
+    problem = checks.problem(
+        query, key, value, mask=mask, bias=bias, causal=causal, window=window, query_offset=query_offset,
+        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks,
+        normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
+        deterministic=deterministic, num_threads=num_threads, packed=(cu_seqlens_q, cu_seqlens_k))
+    _runtime.forward(problem)
+    return problem.result()
+
+
+def attention_weights(query, key, *, rows=None, heads=None, reduce=None, mask=None, bias=None, causal=False,
+                      window=None, query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None,
+                      sinks=None, normalizer=_SOFTMAX, deterministic=None, num_threads=None):
+    """The weights of `attention`, softmax(scale * Q K^T + bias): of chosen rows and heads, or reduced.
+
+    Two passes over the keys, the first for the sums of the softmax. Nothing of L x S is stored but what is asked for.
+
+    Parameters
+    ----------
+    query : array (..., H, L, D), float32 or float64
+    key : array (..., Hkv, S, D), query's dtype
+    rows, heads : int, slice or integers (n,), optional
+        Which queries and which query heads, in this order; the default is all. Chosen rows keep their positions, so
+        that causal, window and masks mean what they mean in `attention`.
+    reduce : optional
+        - None: the weights, (..., H, L, S).
+        - "sum", "max": over the chosen queries, what each key receives, (..., H, S).
+        - "entropy": of each row, -sum p log p in nats, (..., H, L).
+        - ("top_k", k): the k largest of each row in descending order and their keys, two arrays (..., H, L, k), the
+          second of int64. Of equal scores the earlier keys come first; where a row sees fewer keys, weight 0, key -1.
+
+        H and L are the numbers of chosen heads and rows.
+    mask, bias, causal, window, query_offset, query_lengths, kv_lengths : optional
+    scale, softcap, sinks, normalizer, deterministic, num_threads : optional
+        As in `attention`, for all rows and heads of query and key.
+
+    Returns
+    -------
+    ndarray, query's dtype, or a pair of ndarrays for top_k
+        Rows that see no key have weights and entropy 0. A row with a NaN score is NaN for the keys it sees,
+        and its top k are NaN and -1.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError, MemoryError
+        As `attention`; ValueError for rows or heads outside the axis, an unknown reduce, k < 1 or k > S.
+
+    Notes
+    -----
+    About 4 B H L S D floating-point operations for all reductions. Sums run over 8 chunks of rows, always in the same
+    order: no bit depends on the number of threads.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn as fa
+    >>> query, key = np.zeros((3, 4)), np.zeros((3, 4))
+    >>> fa.attention_weights(query, key, causal=True).round(3)
+    array([[1.   , 0.   , 0.   ],
+           [0.5  , 0.5  , 0.   ],
+           [0.333, 0.333, 0.333]])
+    >>> fa.attention_weights(query, key, causal=True, reduce="sum").round(3)
+    array([1.833, 0.833, 0.333])
+    >>> fa.attention_weights(query, key, causal=True, rows=-1, reduce="entropy").round(3)
+    array([1.099])
+    """
+    problem = checks.weights_problem(
+        query, key, rows=rows, heads=heads, reduce=reduce, mask=mask, bias=bias, causal=causal, window=window,
+        query_offset=query_offset, query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap,
+        sinks=sinks, normalizer=normalizer, deterministic=deterministic, num_threads=num_threads)
+    _runtime.forward(problem)
+    return checks.weights_result(problem)

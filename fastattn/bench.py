@@ -253,7 +253,7 @@ def read_bandwidth(threads):
 # Correctness
 
 
-def exact(query, key, value, rows, *, causal=False, mask=None, bias=None):
+def exact(query, key, value, rows, *, causal=False, mask=None, bias=None, softcap=None):
     """The float64 result for the query rows ``rows`` of every head. ``mask`` and ``bias`` end in axes (L, S)."""
     if mask is not None:
         mask = mask[..., rows, :]
@@ -263,7 +263,7 @@ def exact(query, key, value, rows, *, causal=False, mask=None, bias=None):
     if bias is not None:
         bias = bias[..., rows, :].astype(np.float64)
     query, key, value = (x.astype(np.float64) for x in (query[..., rows, :], key, value))
-    return reference.attention(query, key, value, mask=mask, bias=bias)
+    return reference.attention(query, key, value, mask=mask, bias=bias, softcap=softcap)
 
 
 def checked_rows(length):

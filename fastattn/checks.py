@@ -4,11 +4,15 @@
 whose arrays all have their full shape. What is behind it assumes valid input.
 """
 
+import copy
 import math
 import numbers
 import sys
 
 import numpy as np
+
+from . import masks
+from .bias import Bias
 
 FLOAT32 = np.dtype(np.float32)
 FLOAT64 = np.dtype(np.float64)
@@ -27,7 +31,10 @@ class Problem:
 
     query (*lead, H, L, D), key (*lead, Hkv, S, D), value (*lead, Hkv, S, Dv)
     mask            None or bool (*lead, H, L, S)
+    plan            None or a masks.Plan whose lead broadcasts to (*lead, H), instead of a mask
     bias            None or query's dtype (*lead, H, L, S)
+    bias_index      None, or contiguous int64 (L,) and (S,): then bias is (H, 1, n), and query i and key j read
+                    element bias_index[0][i] + bias_index[1][j] of their head's n
     sinks           None or contiguous (H,), query's dtype
     left, right     query i, at position p = i + query_offset[b], sees p - left <= j <= p + right; UNBOUNDED = no limit
     query_offset    None without causal and window, else contiguous int64 (B,)
@@ -37,25 +44,65 @@ class Problem:
     out             (*lead, H, L, Dv), to be filled
     lse             None or (*lead, H, L), to be filled
     num_threads     None or int >= 1
-    shape           of the result as the caller sees it: without the head axis that 2-D arguments lack
-    returned        the array that `result` returns: the caller's own out=, or `out` in the caller's shape
+    cu_q, cu_k      None, or contiguous int64 (B + 1,): packed sequences. Then query, key, value, out and lse repeat the
+                    packed rows for every batch by stride 0, batch b is rows cu[b] to cu[b + 1] - 1, and mask and bias
+                    are as long as the longest sequence
+    L, S            rows and keys; of the longest sequence where they are packed
+    reduce          0 for out, else what of the weights is computed, as in fastattn.h; then value has no columns and
+    rows            is None or int64 (L,): the rows that the queries are in positions and query_lengths
+    weights         the kernel's result: (*lead, H, L, S), (*lead, H, chunks, S), (*lead, H, L, 1) or (*lead, H, L, k)
+    indices         None, or int64 (*lead, H, L, k)
+    returned        what `result` returns: the caller's own out=, or `out` in the caller's shape
+    returned_lse    None, or lse in the caller's shape
     """
 
-    __slots__ = ("query", "key", "value", "mask", "bias", "sinks", "left", "right", "query_offset", "query_lengths",
-                 "kv_lengths", "scale", "softcap", "out", "lse", "num_threads", "shape", "returned")
+    __slots__ = ("query", "key", "value", "mask", "plan", "bias", "bias_index", "sinks", "left", "right",
+                 "query_offset", "query_lengths", "kv_lengths", "scale", "softcap", "out", "lse", "num_threads", "cu_q",
+                 "cu_k", "L", "S", "reduce", "rows", "weights", "indices", "k", "chunks", "returned", "returned_lse")
 
     def result(self):
         """What the caller gets: out, or (out, lse)."""
-        if self.lse is None:
+        if self.returned_lse is None:
             return self.returned
-        return self.returned, self.lse.reshape(self.shape[:-1])
+        return self.returned, self.returned_lse
+
+    def bias_of(self, head):
+        """The bias (L, S) of the head of index (*lead, h)."""
+        if self.bias_index is None:
+            return self.bias[head]
+        rows, keys = self.bias_index
+        return self.bias[head][0, rows[:, None] + keys]
+
+    def sequences(self):
+        """The problem of each packed sequence, on the same memory."""
+        for b in range(len(self.cu_q) - 1):
+            one = copy.copy(self)
+            rows, keys = slice(*self.cu_q[b : b + 2]), slice(*self.cu_k[b : b + 2])
+            one.cu_q = one.cu_k = None
+            one.L, one.S = rows.stop - rows.start, keys.stop - keys.start
+            one.query, one.out = self.query[b : b + 1, :, rows], self.out[b : b + 1, :, rows]
+            one.key, one.value = self.key[b : b + 1, :, keys], self.value[b : b + 1, :, keys]
+            one.lse = None if self.lse is None else self.lse[b : b + 1, :, rows]
+            one.mask = None if self.mask is None else self.mask[b : b + 1, :, : one.L, : one.S]
+            if self.bias is not None:
+                one.bias = self.bias[b : b + 1] if self.bias_index else self.bias[b : b + 1, :, : one.L, : one.S]
+            one.plan = None if self.plan is None else self.plan.parts[b]
+            for name in ("query_offset", "query_lengths", "kv_lengths"):
+                values = getattr(self, name)
+                setattr(one, name, None if values is None else values[b : b + 1])
+            yield one
 
 
 def problem(query, key, value, *, mask=None, bias=None, causal=False, window=None, query_offset=None,
             query_lengths=None, kv_lengths=None, scale=None, softcap=None, sinks=None, normalizer="softmax",
-            dropout_p=0.0, seed=None, out=None, return_lse=False, deterministic=None, num_threads=None):
-    """Check the arguments of `attention`, which documents them, and return the `Problem` they describe."""
+            dropout_p=0.0, seed=None, out=None, return_lse=False, deterministic=None, num_threads=None, packed=None):
+    """Check the arguments of `attention`, which documents them, and return the `Problem` they describe.
+
+    ``packed``: None, or (cu_seqlens_q, cu_seqlens_k) of `varlen_attention`.
+    """
     p = Problem()
+    p.reduce = p.k = p.chunks = 0
+    p.rows = p.weights = p.indices = None
 
     # --- query, key, value: kind, dtype, layout ---
     query, key, value = _array("query", query), _array("key", key), _array("value", value)
@@ -72,6 +119,8 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
 
     # --- query, key, value: shapes ---
     rank = query.ndim
+    if packed is not None and rank != 3:
+        raise ValueError(f"query must have 3 axes (T, H, D), got shape {query.shape}")
     if rank < 2 or rank > MAX_LEADING_AXES + 3:
         raise ValueError(f"query must have 2 to {MAX_LEADING_AXES + 3} axes (..., H, L, D), got shape {query.shape}")
     if key.ndim != rank:
@@ -81,6 +130,8 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
     inputs = [("query", query), ("key", key), ("value", value)]
     if rank == 2:
         query, key, value = query[None], key[None], value[None]
+    if packed is not None:
+        query, key, value = (x.swapaxes(0, 1)[None] for x in (query, key, value))
     lead, (H, L, D) = query.shape[:-3], query.shape[-3:]
     Hkv, S, D_key = key.shape[-3:]
     H_value, S_value, Dv = value.shape[-3:]
@@ -97,18 +148,33 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
         query = np.broadcast_to(query, lead + query.shape[-3:])
         key = np.broadcast_to(key, lead + key.shape[-3:])
         value = np.broadcast_to(value, lead + value.shape[-3:])
-    p.query, p.key, p.value = query, key, value
+    T, most_q, most_k = L, L, S
+    p.cu_q = p.cu_k = None
+    if packed is not None:
+        p.cu_q = _cumulative("cu_seqlens_q", packed[0], L, "query")
+        p.cu_k = _cumulative("cu_seqlens_k", packed[1], S, "key")
+        if len(p.cu_q) != len(p.cu_k):
+            raise ValueError(f"cu_seqlens_k must have as many sequences as cu_seqlens_q with {len(p.cu_q) - 1}, got "
+                             f"{len(p.cu_k) - 1}")
+        lead, most_q, most_k = (len(p.cu_q) - 1,), np.diff(p.cu_q), np.diff(p.cu_k)
+        query, key, value = (np.broadcast_to(x, lead + x.shape[1:]) for x in (query, key, value))
+        L, S = int(most_q.max(initial=0)), int(most_k.max(initial=0))
+    p.query, p.key, p.value, p.L, p.S = query, key, value, L, S
 
     # --- mask, bias, sinks ---
-    p.mask = p.bias = p.sinks = None
-    if mask is not None:
-        mask = _array("mask", _dense("mask", mask))
+    p.mask = p.plan = p.bias = p.bias_index = p.sinks = None
+    if mask is not None and type(mask) is not np.ndarray:
+        sequences = None if packed is None else zip(most_q.tolist(), most_k.tolist())
+        p.plan = _plan(mask, lead, H, L, S, sequences)
+    if mask is not None and p.plan is None:
+        mask = _array("mask", mask)
         if mask.dtype != BOOL:
             raise TypeError(f"mask must be boolean (True = attend), got {mask.dtype}")
         p.mask = _broadcast("mask", mask, lead + (H, L, S))
         inputs.append(("mask", mask))
-    if bias is not None:
-        bias = _array("bias", _dense("bias", bias))
+    from_positions = isinstance(bias, Bias)
+    if bias is not None and not from_positions:
+        bias = _array("bias", bias)
         if bias.dtype != dtype:
             raise TypeError(f"bias must have query's dtype {dtype}, got {bias.dtype}")
         _check_layout("bias", bias)
@@ -128,16 +194,19 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
     p.left, p.right = _window(window, _boolean("causal", causal))
     p.query_lengths = None if query_lengths is None else _integers("query_lengths", query_lengths, lead, 0, L)
     p.kv_lengths = None if kv_lengths is None else _integers("kv_lengths", kv_lengths, lead, 0, S)
+    if packed is not None:
+        _check_each("query_lengths", p.query_lengths, most_q)
+        _check_each("kv_lengths", p.kv_lengths, most_k)
     if query_offset is not None:
         query_offset = _integers("query_offset", query_offset, lead, 1 - OFFSET_LIMIT, OFFSET_LIMIT - 1)
-    if p.left == UNBOUNDED and p.right == UNBOUNDED:
-        p.query_offset = None
-    elif query_offset is not None:
-        p.query_offset = query_offset
-    elif p.kv_lengths is not None:
-        p.query_offset = p.kv_lengths - L
-    else:
-        p.query_offset = np.full(math.prod(lead), S - L, np.int64)
+    windowed = p.left != UNBOUNDED or p.right != UNBOUNDED
+    if query_offset is None and (windowed or from_positions):
+        n_keys = most_k if p.kv_lengths is None else p.kv_lengths
+        query_offset = np.full(math.prod(lead), n_keys - most_q, np.int64)
+    p.query_offset = query_offset if windowed else None
+    if from_positions:
+        sequences = () if packed is None else zip(most_q, most_k)
+        p.bias, p.bias_index = _bias(bias, lead, H, L, S, dtype, query_offset, sequences)
 
     # --- numbers ---
     if scale is None:
@@ -167,18 +236,117 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
         _check_deterministic(deterministic)
 
     # --- results ---
-    shape = lead + (H, L, Dv)
-    p.shape = shape if rank > 2 else shape[1:]
-    return_lse = _boolean("return_lse", return_lse)
+    shape = (T, H, Dv) if packed is not None else lead + (H, L, Dv) if rank > 2 else (L, Dv)
     if out is None:
-        p.out = aligned_empty(shape, dtype)
-        p.returned = p.out if rank > 2 else p.out[0]
+        p.returned = p.out = aligned_empty(shape, dtype)
     else:
-        plain = _check_out(out, p.shape, dtype, inputs)
-        p.out = plain if rank > 2 else plain[None]
-        p.returned = out
-    p.lse = aligned_empty(shape[:-1], dtype) if return_lse else None
+        p.returned, p.out = out, _check_out(out, shape, dtype, inputs)
+    p.returned_lse = p.lse = aligned_empty(shape[:-1], dtype) if _boolean("return_lse", return_lse) else None
+    if packed is not None:
+        p.out = _every_batch(p.out, lead)
+        p.lse = None if p.lse is None else _every_batch(p.lse, lead)
+    elif rank == 2:
+        p.out = p.out[None]
+        p.lse = None if p.lse is None else p.lse[None]
     return p
+
+
+REDUCTIONS = {None: 1, "sum": 2, "max": 3, "entropy": 4, "top_k": 5}
+CHUNKS = 8  # of a head's rows, which are summed apart: independent tasks, and one order of sums for every thread count
+
+
+def weights_problem(query, key, *, rows=None, heads=None, reduce=None, **options):
+    """Check the arguments of `attention_weights`, which documents them, and return the `Problem` they describe."""
+    k = 0
+    if isinstance(reduce, (tuple, list)) and len(reduce) == 2 and isinstance(reduce[0], str) and reduce[0] == "top_k":
+        reduce, k = "top_k", reduce[1]
+    elif reduce is not None and not (isinstance(reduce, str) and reduce in REDUCTIONS and reduce != "top_k"):
+        raise ValueError(f"reduce must be None, 'sum', 'max', 'entropy' or ('top_k', k), got {reduce!r}")
+    key = _array("key", key)
+    p = problem(query, key, key[..., :0] if key.ndim else key, **options)
+    lead, (H, L) = p.query.shape[:-3], p.query.shape[-3:-1]
+    flat = np.ndim(p.returned) == 2
+    p.reduce, p.k = REDUCTIONS[reduce], _integer("k", k, 1) if reduce == "top_k" else 0
+    if p.k > p.S:
+        raise ValueError(f"k must be at most the {p.S} keys, got {p.k}")
+
+    # The chosen heads and rows: small arrays are copied, the masks of all rows are not.
+    if heads is not None:
+        heads = _selection("heads", heads, H)
+        group = H // p.key.shape[-3] if p.key.shape[-3] else 1
+        p.query = p.query[..., heads, :, :]
+        p.key, p.value = (x[..., heads // group, :, :] for x in (p.key, p.value))
+        p.sinks = None if p.sinks is None else p.sinks[heads]
+        p.mask, p.bias = (x if x is None else _take(x, heads, -3) for x in (p.mask, p.bias))
+        H = len(heads)
+    if rows is not None:
+        p.rows = rows = _selection("rows", rows, L)
+        p.query = p.query[..., rows, :]
+        p.mask = None if p.mask is None else _take(p.mask, rows, -2)
+        if p.bias_index is not None:
+            p.bias_index = p.bias_index[0][rows], p.bias_index[1]
+        elif p.bias is not None:
+            p.bias = _take(p.bias, rows, -2)
+        p.L = L = len(rows)
+    if p.plan is not None and (heads is not None or rows is not None):
+        p.plan = p.plan.take(rows, heads)
+    p.chunks = min(CHUNKS, max(1, -(-L // masks.ROWS))) if reduce in ("sum", "max") else CHUNKS
+
+    shapes = {None: (L, p.S), "sum": (p.chunks, p.S), "max": (p.chunks, p.S), "entropy": (L, 1), "top_k": (L, p.k)}
+    p.weights = np.zeros(lead + (H, *shapes[reduce]), p.query.dtype)
+    p.indices = np.full(p.weights.shape, -1, np.int64) if reduce == "top_k" else None
+    p.out = p.out[..., :H, :L, :] if rows is None else np.empty(lead + (H, L, 0), p.query.dtype)
+    p.returned = (reduce, flat)
+    return p
+
+
+def weights_result(p):
+    """What the caller of `attention_weights` gets."""
+    reduce, flat = p.returned
+    result = p.weights
+    if reduce == "sum":
+        result = result.sum(axis=-2)
+    elif reduce == "max":
+        result = result.max(axis=-2, initial=0)
+    elif reduce == "entropy":
+        result = result[..., 0]
+    result, indices = (x[0] if flat and x is not None else x for x in (result, p.indices))
+    return (result, indices) if reduce == "top_k" else result
+
+
+def _selection(name, value, n):
+    """Indices of ``n`` rows or heads as int64, from an integer, a slice or integers; negative ones count back."""
+    if isinstance(value, slice):
+        return np.arange(*value.indices(n), dtype=np.int64)  # not a view: the kernel reads it without strides
+    index = np.array([value] if _is_integer(value) else _array(name, value))
+    if index.dtype.kind not in "iu" and index.size:
+        raise TypeError(f"{name} must be integers or a slice, got {index.dtype}")
+    if index.ndim != 1:
+        raise ValueError(f"{name} must have one axis, got shape {index.shape}")
+    outside = (index < -n) | (index >= n)
+    if outside.any():
+        raise ValueError(f"{name} must lie in [{-n}, {n - 1}], got {index[outside][0]}")
+    index = index.astype(np.int64)
+    return np.where(index < 0, index + n, index)
+
+
+def _take(array, index, axis):
+    """array.take, without a copy where the indices are one, in equal steps or of a broadcast axis."""
+    step = int(index[1] - index[0]) if len(index) > 1 else 1
+    if len(index) and step and (np.diff(index) == step).all():
+        stop = int(index[-1]) + (1 if step > 0 else -1)
+        return array[(..., slice(int(index[0]), None if stop < 0 else stop, step)) + (slice(None),) * (-axis - 1)]
+    if array.strides[axis] == 0:
+        shape = list(array.shape)
+        shape[axis] = len(index)
+        return np.broadcast_to(array[(..., slice(0, 1)) + (slice(None),) * (-axis - 1)], shape)
+    return array[(..., index) + (slice(None),) * (-axis - 1)]
+
+
+def _every_batch(packed, lead):
+    """(T, H, ...) as (*lead, H, T, ...) on the same memory, writeable."""
+    view = packed.swapaxes(0, 1)
+    return np.lib.stride_tricks.as_strided(view, lead + view.shape, (0,) + view.strides)
 
 
 def aligned_empty(shape, dtype):
@@ -247,16 +415,51 @@ def _leading_axes(query, key, value):
                          f"got {value}") from None
 
 
-def _dense(name, value):
-    """Refuse what stands for a mask or a bias without being an array."""
-    if type(value) is np.ndarray:
-        return value
-    sparse = sys.modules.get("scipy.sparse")
-    if sparse is not None and sparse.issparse(value):
-        raise NotImplementedError(f"{name} as a sparse array is not implemented yet")
-    if hasattr(value, "to_dense") and not hasattr(value, "__array__"):
-        raise NotImplementedError(f"{name} as an expression ({type(value).__name__}) is not implemented yet")
-    return value
+def _plan(mask, lead, H, L, S, sequences=None):
+    """The plan of an expression, a plan or a sparse array; None for what is to be read as an array.
+
+    ``sequences``: None, or pairs of the rows and keys of each packed sequence.
+    """
+    if isinstance(mask, masks.Mask):
+        if sequences is None:
+            plan = mask.compile(L, S)
+        else:
+            plan = masks.Plan.stack([mask.compile(*n) for n in sequences], mask)
+    elif sequences is not None:
+        if isinstance(mask, masks.Plan) or hasattr(mask, "tocsr"):
+            raise TypeError(f"mask must be an expression or an array for packed sequences, got {type(mask).__name__}")
+        return None
+    elif isinstance(mask, masks.Plan):
+        plan = mask
+        if (plan.L, plan.S) != (L, S):
+            raise ValueError(f"mask must be a plan for L = {L} and S = {S}, got one for L = {plan.L} and S = {plan.S}")
+    else:
+        sparse = sys.modules.get("scipy.sparse")
+        if sparse is None or not sparse.issparse(mask):
+            return None
+        if mask.shape != (L, S):
+            raise ValueError(f"mask must have shape {(L, S)} as a sparse array, got {mask.shape}")
+        plan = masks.plan_of_sparse(mask)
+    try:
+        fits = np.broadcast_shapes(plan.lead, (*lead, H)) == (*lead, H)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"mask must have leading axes that broadcast to (..., H) = {(*lead, H)}, got {plan.lead}")
+    return plan
+
+
+def _bias(bias, lead, H, L, S, dtype, query_offset, sequences):
+    """`Problem.bias` and `Problem.bias_index` of a bias object.
+
+    ``sequences``: pairs of the rows and keys of each packed sequence.
+    """
+    for rows, keys in sequences:
+        bias.check(H, int(rows), int(keys))
+    view, index = bias.view(lead, H, L, S, dtype, query_offset), bias.index()
+    if index is not None:
+        return np.broadcast_to(view, lead + view.shape), index
+    return _broadcast("bias", view, lead + (H, L, S)), None
 
 
 def _broadcast(name, array, shape):
@@ -369,6 +572,30 @@ def _integers(name, value, lead, low, high):
         return np.array(np.broadcast_to(array.reshape(shape), target), order="C").reshape(-1)
     except ValueError:
         raise ValueError(f"{name} must broadcast to the leading axes {target}, got shape {shape}") from None
+
+
+def _check_each(name, lengths, most):
+    """Lengths of packed sequences are at most those of the sequences."""
+    if lengths is not None and (lengths > most).any():
+        at = int((lengths > most).argmax())
+        raise ValueError(f"{name} must lie in [0, {most[at]}] for sequence {at}, got {lengths[at]}")
+
+
+def _cumulative(name, value, rows, of):
+    """Where packed sequences begin, as a new contiguous int64 (B + 1,)."""
+    values = np.array(_array(name, value))  # a copy, as in _integers
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"{name} must have one axis of at least 1 value, got shape {values.shape}")
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {values.dtype}")
+    if values[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {values[0]}")
+    if (values[1:] < values[:-1]).any():
+        at = int((values[1:] < values[:-1]).argmax())
+        raise ValueError(f"{name} must not decrease, got {values[at]} and then {values[at + 1]} at index {at + 1}")
+    if values[-1] != rows:
+        raise ValueError(f"{name} must end at the {rows} rows of {of}, got {values[-1]}")
+    return values.astype(np.int64)
 
 
 def _window(window, causal):

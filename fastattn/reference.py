@@ -18,7 +18,8 @@ seen propagate, and a row whose visible scores are all -inf is NaN, not empty.
 
 import numpy as np
 
-from . import checks
+from . import checks, merge
+from .bias import ALiBi
 
 
 def attention(query, key, value, *, mask=None, bias=None, causal=False, window=None, query_offset=None,
@@ -41,8 +42,107 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
     return problem.result()
 
 
+def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, mask=None, bias=None, causal=False, window=None,
+                     query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None, sinks=None,
+                     normalizer="softmax", dropout_p=0.0, seed=None, out=None, return_lse=False, deterministic=None,
+                     num_threads=None):
+    """`fastattn.varlen_attention` in plain NumPy: each sequence by itself, in float64 inside."""
+    problem = checks.problem(
+        query, key, value, mask=mask, bias=bias, causal=causal, window=window, query_offset=query_offset,
+        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks,
+        normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
+        deterministic=deterministic, num_threads=num_threads, packed=(cu_seqlens_q, cu_seqlens_k))
+    forward(problem)
+    return problem.result()
+
+
+def attention_weights(query, key, *, rows=None, heads=None, reduce=None, mask=None, bias=None, causal=False,
+                      window=None, query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None,
+                      sinks=None, normalizer="softmax", deterministic=None, num_threads=None):
+    """`fastattn.attention_weights` in plain NumPy, from the weights of all chosen rows at once, in float64 inside."""
+    problem = checks.weights_problem(
+        query, key, rows=rows, heads=heads, reduce=reduce, mask=mask, bias=bias, causal=causal, window=window,
+        query_offset=query_offset, query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap,
+        sinks=sinks, normalizer=normalizer, deterministic=deterministic, num_threads=num_threads)
+    forward_weights(problem)
+    return checks.weights_result(problem)
+
+
+def forward_weights(problem):
+    """Fill `problem.weights` and `problem.indices`."""
+    reduce = problem.returned[0]
+    with np.errstate(all="ignore"):
+        for batch, head, kv_head in heads(problem):
+            scores, visible = logits(problem, batch, head, kv_head, np.float64)
+            p = np.where(visible, softmax(scores, visible, sink(problem, head, np.float64))[0], 0)
+            if reduce is None:
+                problem.weights[head] = p
+            elif reduce == "sum":
+                problem.weights[(*head, 0)] = p.sum(axis=0)
+            elif reduce == "max":
+                problem.weights[(*head, 0)] = p.max(axis=0, initial=0)
+            elif reduce == "entropy":
+                problem.weights[(*head, ..., 0)] = 0 - np.where(p == 0, 0, p * np.log(p)).sum(axis=1)  # not -0
+            else:
+                order = np.argsort(np.where(visible, -scores, np.inf), axis=1, kind="stable")[:, : problem.k]
+                problem.weights[head] = np.take_along_axis(p, order, 1)
+                seen = np.take_along_axis(visible & (scores > -np.inf), order, 1)
+                problem.indices[head] = np.where(seen, order, -1)
+                lost = np.isnan(p).any(axis=1)  # no order
+                problem.weights[head][lost], problem.indices[head][lost] = np.nan, -1
+
+
+def merge_states(outs, lses):
+    """`fastattn.merge_states` in plain NumPy, in float64 inside. Over the parts n with lses[n] != -inf:
+
+        m    = max lses[n]                         0 where that is infinite
+        l    = sum exp(lses[n] - m)
+        out  = sum exp(lses[n] - m) / l * outs[n]
+        lse  = m + log(l)
+
+    >>> merge_states([[[1.0]], [[3.0]]], [[0.0], [0.0]])
+    (array([[2.]]), array([0.69314718]))
+    """
+    outs, lses = merge.parts(outs, lses)
+    dtype = outs[0].dtype
+    outs, lses = np.array(outs, np.float64), np.array(lses, np.float64)
+    with np.errstate(all="ignore"):
+        m = lses.max(axis=0)
+        m = np.where(np.isinf(m), 0, m)
+        weights = np.exp(lses - m)
+        total = weights.sum(axis=0)
+        out = np.where(lses[..., None] == -np.inf, 0, (weights / total)[..., None] * outs).sum(axis=0)
+        return out.astype(dtype), (m + np.log(total)).astype(dtype)
+
+
+def bias(bias, H, L, S, query_offset=None):
+    """The numbers that a bias object stands for: float64 (H, L, S), for an offset that is one integer (default S - L).
+
+    >>> from fastattn import ALiBi
+    >>> bias(ALiBi([0.5]), 1, 2, 3)
+    array([[[-0.5,  0. ,  0.5],
+            [-1. , -0.5,  0. ]]])
+    """
+    bias.check(H, L, S)
+    i, j = np.arange(L)[:, None], np.arange(S)
+    distance = j - (i + (S - L if query_offset is None else query_offset))
+    with np.errstate(all="ignore"):
+        if isinstance(bias, ALiBi):
+            slopes = bias.slopes.astype(np.float64)[:, None, None]
+            return -slopes * abs(distance) if bias.symmetric else slopes * distance
+        table = bias.table.astype(np.float64)
+        if bias.shape is not None:
+            h, w = bias.shape
+            return table[:, i // w - j // w + h - 1, i % w - j % w + w - 1]
+        return np.broadcast_to(table[..., np.clip(distance - bias.first, 0, table.shape[-1] - 1)], (H, L, S))
+
+
 def forward(problem, dtype=None):
     """Fill `problem.out` and `problem.lse`, computing in `dtype` (float64 unless given, whatever the inputs are)."""
+    if problem.cu_q is not None:
+        for sequence in problem.sequences():
+            forward(sequence, dtype)
+        return
     dtype = np.dtype(dtype or np.float64).type
     with np.errstate(all="ignore"):
         for batch, head, kv_head in heads(problem):
@@ -80,20 +180,24 @@ def logits(problem, batch, head, kv_head, dtype):
     if problem.softcap:
         scores = problem.softcap * np.tanh(scores / problem.softcap)
     if problem.bias is not None:
-        bias = problem.bias[head].astype(dtype)
+        bias = problem.bias_of(head).astype(dtype)
         scores = scores + bias
         visible &= bias != -np.inf
 
     if problem.mask is not None:
         visible &= problem.mask[head]
+    if problem.plan is not None:
+        lead = problem.plan.lead
+        visible &= problem.plan.definition(tuple(i if n > 1 else 0 for n, i in zip(lead, head[len(head) - len(lead):])))
+    i = np.arange(L) if problem.rows is None else problem.rows
     j = np.arange(S)
     if problem.query_offset is not None:
-        position = np.arange(L)[:, None] + problem.query_offset[batch]
+        position = i[:, None] + problem.query_offset[batch]
         visible &= (position - problem.left <= j) & (j <= position + problem.right)
     if problem.kv_lengths is not None:
         visible &= j < problem.kv_lengths[batch]
     if problem.query_lengths is not None:
-        visible[problem.query_lengths[batch]:] = False
+        visible[i >= problem.query_lengths[batch]] = False
     return scores, visible
 
 

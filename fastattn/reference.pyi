@@ -4,12 +4,18 @@ from typing import Any
 from numpy.typing import DTypeLike, NDArray
 
 from .attention import attention as attention
+from .attention import attention_weights as attention_weights
+from .attention import varlen_attention as varlen_attention
+from .bias import Bias
 from .checks import Problem
+from .merge import merge_states as merge_states
 
 # The steps of the definition: tests put them together in other precisions.
 _Index = tuple[int, ...]
 
+def bias(bias: Bias, H: int, L: int, S: int, query_offset: int | None = None) -> NDArray[Any]: ...
 def forward(problem: Problem, dtype: DTypeLike | None = None) -> None: ...
+def forward_weights(problem: Problem) -> None: ...
 def heads(problem: Problem) -> Iterator[tuple[int, _Index, _Index]]: ...
 def sink(problem: Problem, head: _Index, dtype: type[Any]) -> Any: ...
 def logits(

@@ -12,7 +12,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_INCREF
 from cython.parallel cimport parallel, prange
 from libc.math cimport sqrt
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport uintptr_t, uint64_t
 from libc.string cimport memset
 
 cnp.import_array()
@@ -194,12 +194,23 @@ cdef void run_threads(Work* work, int n_threads) noexcept nogil:
         work_off(work)
 
 
+cdef double pairs(const fastattn_problem* p) noexcept nogil:
+    # of queries and keys in all batches
+    cdef double n = 0
+    cdef int64_t b
+    if p.cu_q == NULL:
+        return <double>p.B*p.L*p.S
+    for b in range(p.B):
+        n += <double>(p.cu_q[b + 1] - p.cu_q[b])*(p.cu_k[b + 1] - p.cu_k[b])
+    return n
+
+
 cdef int run(fastattn_problem* p, int n_threads) except -1:
     cdef const fastattn_kernel* kernel = kernel_f32 if p.bits == 32 else kernel_f64
     cdef size_t size, total
     cdef int64_t n_tasks
     cdef Work work
-    cdef double flops = 2.0*p.B*p.H*p.L*p.S*(p.D + p.Dv)
+    cdef double flops = 2.0*pairs(p)*p.H*(2*p.D if p.reduce else p.D + p.Dv)
     cdef char* scratch
     cdef Watch watch
     if p.B*p.H*p.L == 0:
@@ -355,6 +366,25 @@ cdef int64_t* integers(cnp.ndarray x) noexcept:
     return NULL if x is None else <int64_t*>cnp.PyArray_DATA(x)
 
 
+cdef void describe_tiles(fastattn_tiles* tiles, plan, int n_lead) except *:
+    # Lists lie in the order of plan.lead, whose axes are the last ones of (*lead, H).
+    cdef tuple lead = plan.lead
+    cdef int n = len(lead)
+    cdef int i
+    cdef int64_t stride = 1
+    tiles.first = <const int64_t*>cnp.PyArray_DATA(plan.first)
+    tiles.block = <const int32_t*>cnp.PyArray_DATA(plan.block)
+    tiles.word = <const int32_t*>cnp.PyArray_DATA(plan.word)
+    tiles.words = <const uint64_t*>cnp.PyArray_DATA(plan.words)
+    for i in range(n):                  # from the last axis on
+        if lead[n - 1 - i] != 1:
+            if i == 0:
+                tiles.head = stride
+            else:
+                tiles.lead[n_lead - i] = stride
+        stride *= lead[n - 1 - i]
+
+
 def forward(problem):
     """Fill problem.out and problem.lse (see checks.Problem)."""
     cdef fastattn_problem p
@@ -365,6 +395,8 @@ def forward(problem):
     cdef cnp.ndarray q_lengths = problem.query_lengths
     cdef cnp.ndarray kv_lengths = problem.kv_lengths
     cdef cnp.ndarray sinks = problem.sinks
+    cdef cnp.ndarray cu_q = problem.cu_q
+    cdef cnp.ndarray cu_k = problem.cu_k
     cdef int n = cnp.PyArray_NDIM(q)
     cdef int i
     memset(&p, 0, sizeof(p))
@@ -399,6 +431,24 @@ def forward(problem):
         describe(&p.bias, problem.bias, 3, p.n_lead)
     if problem.mask is not None:
         describe(&p.mask, problem.mask, 3, p.n_lead)
+    if problem.bias_index is not None:
+        p.bias_rows, p.bias_cols = integers(problem.bias_index[0]), integers(problem.bias_index[1])
+    if problem.plan is not None:
+        describe_tiles(&p.tiles, problem.plan, p.n_lead)
+    if problem.reduce:
+        p.reduce = problem.reduce
+        p.k = problem.k
+        p.chunks = problem.chunks
+        p.rows = integers(problem.rows)
+        p.L = problem.L
+        describe(&p.result, problem.weights, 3, p.n_lead)
+        if problem.indices is not None:
+            describe(&p.indices, problem.indices, 3, p.n_lead)
+    if cu_q is not None:
+        p.cu_q = integers(cu_q)
+        p.cu_k = integers(cu_k)
+        p.L = problem.L
+        p.S = problem.S
     run(&p, 0 if problem.num_threads is None else problem.num_threads)
 
 

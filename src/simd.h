@@ -76,12 +76,16 @@ enum {
 #endif
 #if FASTATTN_VECTOR == 64 || defined(__aarch64__)
     GROUP = BLOCK_VECTORS < 4 ? BLOCK_VECTORS : 4,  /* vectors a product takes at once */
-    ROWS_1 = 12, ROWS_2 = 12, ROWS_3 = 8, ROWS_4 = 6,
+    ROWS_1 = 16, ROWS_2 = 12, ROWS_3 = 8, ROWS_4 = 6,
 #else
     GROUP = 2,
     ROWS_1 = 12, ROWS_2 = 6, ROWS_3 = 4, ROWS_4 = 2,
 #endif
 };
+
+/* Of words of bits: how many are set; the place of the first one, of a word that is not 0. */
+V_INLINE int bits_count(uint64_t x) { return __builtin_popcountll(x); }
+V_INLINE int bits_first(uint64_t x) { return __builtin_ctzll(x); }
 
 /* Ask for n reals from p, to be read soon (first level of the cache), or n bytes, to be read later (second level); any
  * address is allowed. */
@@ -194,6 +198,22 @@ V_INLINE int v_any_above(vf a, real limit) {
     v_store(x, a);
     for (int i = 0; i < VL; i++) any |= x[i] > limit;
     return any;
+#endif
+}
+
+/* The lanes where a > b, as bits; not where either is NaN. */
+V_INLINE uint64_t v_above_bits(vf a, vf b) {
+#if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#elif FASTATTN_VECTOR == 64
+    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ);
+#else
+    real x[VL], y[VL];
+    uint64_t bits = 0;
+    v_store(x, a);
+    v_store(y, b);
+    for (int i = 0; i < VL; i++) bits |= (uint64_t)(x[i] > y[i]) << i;
+    return bits;
 #endif
 }
 

@@ -38,7 +38,8 @@ def exact(query, key, value, **options):
     problem.out = np.full(problem.out.shape, np.nan, wide)
     problem.lse = np.full(problem.out.shape[:-1], np.nan, wide)
     reference.forward(problem, wide)
-    return problem.out.reshape(problem.shape), problem.lse.reshape(problem.shape[:-1])
+    shape = problem.returned.shape
+    return problem.out.reshape(shape), problem.lse.reshape(shape[:-1])
 
 
 def bound(query, key, value, **options):
@@ -68,7 +69,7 @@ def bound(query, key, value, **options):
             weights, m, total = reference.softmax(scores, visible, sink)
             q, k = abs(problem.query[head].astype(np.float64)), abs(problem.key[kv_head].astype(np.float64))
             v = abs(problem.value[kv_head].astype(np.float64))
-            bias = 0 if problem.bias is None else problem.bias[head].astype(np.float64)
+            bias = 0 if problem.bias is None else problem.bias_of(head).astype(np.float64)
 
             products = abs(problem.scale) * (q @ k.T)
             if problem.softcap:
@@ -84,7 +85,7 @@ def bound(query, key, value, **options):
             tiny = denormal * (reference.weighted_sum(visible.astype(float), visible, v) + visible.sum(axis=1)[:, None])
             out[head] = magnitude[head] * (2 * worst + sums)[:, None] + tiny
             lse[head] = worst + sums + 4 * u * (abs(m) + abs(np.log(total)))
-    shape = problem.shape
+    shape = problem.returned.shape
     return Bound(out.reshape(shape), lse.reshape(shape[:-1]), magnitude.reshape(shape))
 
 

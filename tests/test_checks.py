@@ -10,7 +10,7 @@ import pytest
 from cases import assert_close, bound, exact
 
 import fastattn as fa
-from fastattn import checks
+from fastattn import checks, masks
 
 F32, F64 = np.float32, np.float64
 B, H, Hkv, L, S, D, Dv = 2, 4, 2, 5, 7, 8, 6
@@ -177,8 +177,15 @@ BAD = [
      r"mask must broadcast to \(..., H, L, S\) = \(2, 4, 5, 7\), got shape \(2, 2, 5, 7\)"),
     ("mask axes", {"mask": zeros(1, 1, 1, L, S, dtype=bool)}, V,
      r"mask must broadcast to \(..., H, L, S\) = \(2, 4, 5, 7\), got shape \(1, 1, 1, 5, 7\)"),
-    ("sparse mask", lambda a: a.update(mask=sparse(L, S)), N, "mask as a sparse array is not implemented yet"),
-    ("expression", {"mask": Expression()}, N, r"mask as an expression \(Expression\) is not implemented yet"),
+    ("sparse mask", lambda a: a.update(mask=sparse(S, L)), V,
+     r"mask must have shape \(5, 7\) as a sparse array, got \(7, 5\)"),
+    ("plan", {"mask": masks.causal().compile(L, 8)}, V,
+     "mask must be a plan for L = 5 and S = 7, got one for L = 5 and S = 8"),
+    ("expression of lengths", {"mask": masks.lengths([7, 8])}, V,
+     r"kv_lengths of lengths\(\[7, 8\]\) must lie in \[0, 7\], got 8"),
+    ("expression of batches", {"mask": masks.lengths([7, 6, 5])}, V,
+     r"mask must have leading axes that broadcast to \(..., H\) = \(2, 4\), got \(3, 1\)"),
+    ("another's expression", {"mask": Expression()}, T, "mask must be an array, got Expression"),
     # bias
     ("bias dtype", {"bias": zeros(L, S, dtype=F64)}, T, "bias must have query's dtype float32, got float64"),
     ("bias float16", {"bias": zeros(L, S, dtype=np.float16)}, T, "bias must have query's dtype float32, got float16"),
@@ -189,8 +196,9 @@ BAD = [
      r"bias must have an address and strides that are multiples of its item size of 4 bytes, got .*"),
     ("masked bias", {"bias": masked(zeros(L, S))}, T,
      "bias must be an array without a mask of its own, got a masked array"),
-    ("bias object", {"bias": Expression()}, N, r"bias as an expression \(Expression\) is not implemented yet"),
-    ("sparse bias", lambda a: a.update(bias=sparse(L, S)), N, "bias as a sparse array is not implemented yet"),
+    ("bias object", {"bias": Expression()}, T, "bias must be an array, got Expression"),
+    ("mask as bias", {"bias": masks.causal()}, T, "bias must be an array, got _Band"),
+    ("sparse bias", lambda a: a.update(bias=sparse(L, S)), T, "bias must be an array, got csr_array"),
     # sinks
     ("sinks dtype", {"sinks": zeros(H, dtype=F64)}, T, "sinks must have query's dtype float32, got float64"),
     ("sinks shape", {"sinks": zeros(Hkv)}, V, r"sinks must have shape \(4,\), one for each head of query, got \(2,\)"),
@@ -333,7 +341,7 @@ def test_unknown_and_positional_options():
 def test_result_past_memory():
     """Zero strides make huge shapes of little memory; only the result needs its size."""
     huge = np.broadcast_to(F32(0), (2**50, 1))
-    with pytest.raises(MemoryError, match=r"no memory for a result of shape \(1, \d+, 1\) and dtype float32"):
+    with pytest.raises(MemoryError, match=r"no memory for a result of shape \(\d+, 1\) and dtype float32"):
         fa.attention(huge, zeros(1, 1), zeros(1, 1))
     with pytest.raises(MemoryError, match="no memory for a result of shape"):
         checks.aligned_empty((2**62, 8), F32)
@@ -362,7 +370,7 @@ def test_arrays_come_in_without_a_copy():
 
 def test_other_forms():
     p = checks.problem([[1.0, 2.0]], [[3.0, 4.0]], [[5.0]])
-    assert p.query.dtype == F64 and p.query.shape == (1, 1, 2) and p.shape == (1, 1)
+    assert p.query.dtype == F64 and p.query.shape == (1, 1, 2) and p.result().shape == (1, 1)
     assert checks.problem(memoryview(array.array("f", range(8))).cast("B").cast("f", (2, 4)), zeros(3, 4), zeros(3, 1)
                           ).query.shape == (1, 2, 4)
     for options in [{"scale": np.float64(8**-0.5)}, {"scale": None}, {"softcap": None},
@@ -373,6 +381,7 @@ def test_other_forms():
                     {"kv_lengths": [S, S]}, {"kv_lengths": np.full(1, S)}, {"kv_lengths": np.full(B, S, ">i2")},
                     {"query_lengths": np.full(4, L)[::2]}, {"query_offset": -3}, {"mask": True}, {"mask": [[True]]},
                     {"mask": np.ones(S, bool)}, {"mask": np.ones((B, 1, 1, S), bool)}, {"bias": zeros(1)},
+                    {"mask": masks.window(None)}, {"mask": masks.lengths([S, S]).compile(L, S)},
                     {"sinks": np.full(2 * H, -np.inf, F32)[::2]}]:
         same(**options)
 
@@ -392,7 +401,7 @@ def test_strides():
     assert p.mask.strides == (0, 0, 1, 0) and p.bias.strides == (4 * S, 0, 0, 4)
     # A length of 1 may carry any stride.
     odd = np.lib.stride_tricks.as_strided(zeros(1, L, D), strides=(3, 4 * D, 4))
-    assert checks.problem(odd, zeros(1, S, D), zeros(1, S, Dv)).shape == (1, L, Dv)
+    assert checks.problem(odd, zeros(1, S, D), zeros(1, S, Dv)).result().shape == (1, L, Dv)
     checks.problem(zeros(*[1] * 11), zeros(*[1] * 11), zeros(*[1] * 11))
 
 
@@ -402,7 +411,7 @@ def test_problem_fields():
     p = checks.problem(q, k, v)
     assert (p.mask, p.bias, p.sinks, p.lse, p.num_threads, p.query_offset, p.kv_lengths) == (None,) * 7
     assert (p.left, p.right) == (checks.UNBOUNDED,) * 2 and p.scale == 1 / math.sqrt(D) and p.softcap == 0.0
-    assert p.out is p.result() and p.shape == p.out.shape == (B, H, L, Dv) and p.out.ctypes.data % 64 == 0
+    assert p.out is p.result() and p.out.shape == (B, H, L, Dv) and (p.L, p.S) == (L, S) and p.out.ctypes.data % 64 == 0
     p = checks.problem(q, k, v, causal=True, return_lse=True)
     assert (p.left, p.right, p.query_offset.tolist()) == (checks.UNBOUNDED, 0, [S - L] * B)
     assert p.lse.shape == (B, H, L) and p.lse.dtype == F32 and p.result()[0] is p.out
@@ -438,6 +447,20 @@ def test_out_beside_the_inputs():
     out = memory[..., 1::2][..., :Dv]
     assert fa.attention(memory[..., ::2], a["key"], a["value"], out=out) is out
     np.testing.assert_array_equal(out, expected)
+
+
+def test_expressions_plans_and_sparse_arrays_are_plans():
+    a = good()
+    q, k, v = a["query"], a["key"], a["value"]
+    p = checks.problem(q, k, v, mask=np.ones((L, S), bool))
+    assert p.mask.shape == (B, H, L, S) and p.plan is None
+    mask = masks.documents(np.zeros((B, L), int), np.zeros(S, int))
+    for given in mask, mask.compile(L, S):
+        p = checks.problem(q, k, v, mask=given)
+        assert p.mask is None and p.plan is mask.compile(L, S) and p.plan.lead == (B, 1)
+    p = checks.problem(q, k, v, mask=sparse(L, S))
+    assert p.mask is None and (p.plan.L, p.plan.S, p.plan.visible) == (L, S, 0)
+    assert checks.problem(q[0, 0], k[0, 0], v[0, 0], mask=masks.causal()).plan.lead == ()
 
 
 def test_many_threads_check_at_once():

@@ -34,6 +34,22 @@ def test_return_lse_returns_a_pair() -> None:
     assert_type(either, NDArray[Any] | tuple[NDArray[Any], NDArray[Any]])
 
 
+def test_masks() -> None:
+    x: F32 = np.ones((1, 4, 4), np.float32)
+    mask = fa.masks.causal() & ~fa.masks.window(2, None) | fa.masks.documents([0, 0, 1, 1])
+    assert_type(mask, fa.masks.Mask)
+    assert_type(mask.compile(4, np.int64(4)), fa.masks.Plan)
+    assert_type(mask.to_dense(4, 4), NDArray[np.bool_])
+    assert_type(fa.attention(x, x, x, mask=mask), F32)
+    assert_type(fa.attention(x, x, x, mask=mask.compile(4, 4), return_lse=True), tuple[F32, F32])
+    assert_type(fa.reference.attention(x, x, x, mask=fa.masks.bigbird(1, random=0)), F32)
+    sparse = pytest.importorskip("scipy.sparse").csr_array(mask.to_dense(4, 4))
+    assert_type(fa.attention(x, x, x, mask=sparse), F32)
+    assert_type(fa.masks.plan_of_sparse(sparse).share, float)
+    for shape in 4, (2, 2), [2, 2]:
+        assert_type(fa.masks.neighborhood(shape, 2), fa.masks.Mask)
+
+
 def test_wrong_arguments_are_refused() -> None:
     # mypy reports an `ignore` that ignores nothing, so each line also tests that the stub refuses what is wrong.
     x: F32 = np.ones((1, 2, 4), np.float32)
@@ -45,6 +61,12 @@ def test_wrong_arguments_are_refused() -> None:
         fa.attention(x, x, x, normalizer="softmin")  # type: ignore[call-overload]
     with pytest.raises(TypeError):
         fa.set_num_threads(1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        fa.masks.causal() & np.ones((2, 2), np.bool_)  # type: ignore[operator]
+    with pytest.raises(TypeError):
+        fa.masks.window(1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        fa.attention(x, x, x, mask=fa.masks.causal)  # type: ignore[call-overload]
 
 
 def test_thread_control() -> None:

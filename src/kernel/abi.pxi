@@ -1,6 +1,6 @@
 # fastattn.h for Cython: the problem and the table of a kernel build.
 
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 
 cdef extern from "fastattn.h" nogil:
     enum: FASTATTN_ABI
@@ -10,18 +10,42 @@ cdef extern from "fastattn.h" nogil:
         void* data
         int64_t lead[8]
         int64_t head, row, col
+    enum: FASTATTN_OUTPUT
+    enum: FASTATTN_WEIGHTS
+    enum: FASTATTN_SUM
+    enum: FASTATTN_MAX
+    enum: FASTATTN_ENTROPY
+    enum: FASTATTN_TOP_K
+    enum: FASTATTN_TILE_ROWS
+    enum: FASTATTN_TILE_KEYS
+    ctypedef struct fastattn_tiles:
+        const int64_t* first
+        const int32_t* block
+        const int32_t* word
+        const uint64_t* words
+        int64_t lead[8]
+        int64_t head
     ctypedef struct fastattn_problem:
         int32_t abi, bits, n_lead
         int64_t lead[8]
         int64_t B, H, Hkv, L, S, D, Dv
         fastattn_array query, key, value, out, lse, bias, mask
+        fastattn_tiles tiles
+        const int64_t* bias_rows
+        const int64_t* bias_cols
         const void* sinks
+        const int64_t* cu_q
+        const int64_t* cu_k
         const int64_t* query_offset
         int64_t offset
         const int64_t* query_lengths
         const int64_t* kv_lengths
         int64_t left, right
         double scale, softcap
+        int32_t reduce
+        int64_t k, chunks
+        const int64_t* rows
+        fastattn_array result, indices
         int* stop
         void (*poll)(void*) noexcept nogil
         void* poll_data

@@ -2,8 +2,8 @@
 #
 #     S = K Qt  →  softcap, bias, masks  →  P = 2^((S - m) κ)  →  Ot = Ot c + Vt P
 
-cdef void copied_values(Task* t, int first, int vectors, const real* v, int64_t begin, int64_t end,
-                        bint cut) noexcept nogil:
+cdef void copied_values(Task* t, int first, int vectors, const real* v, int64_t block, const Parts* parts, bint cut,
+                        bint masked) noexcept nogil:
     # Ot = Ot c + Vt P on a copy of V, a few columns at a time: for values whose last axis is not contiguous, and for blocks
     # where some lane does not see some key while a value is infinite or NaN. There 0 · NaN would reach lanes that do not see
     # it: the copy holds zeros in the place of those values, then they go one by one to the lanes that see them. Every finite
@@ -11,30 +11,34 @@ cdef void copied_values(Task* t, int first, int vectors, const real* v, int64_t 
     cdef const fastattn_problem* p = t.p
     cdef Py_ssize_t row = p.value.row
     cdef Py_ssize_t col = p.value.col
-    cdef Py_ssize_t n = end - begin
+    cdef Py_ssize_t begin = parts.begin[0]
+    cdef Py_ssize_t n = parts.end[parts.n - 1] - begin
     cdef Py_ssize_t lane = first*VL
-    cdef Py_ssize_t at = begin % BLOCK*LANES
     cdef Py_ssize_t column = 0
     cdef Py_ssize_t j, d, i, width
+    cdef real* copied
     cdef bint poisoned
     cdef real x
+    cdef int part
     while column < p.Dv:
         width = min(<Py_ssize_t>COPIED, p.Dv - column)
-        pack_rows(v + column*col, row, col, n, width, t.copied)
-        poisoned = cut and not all_finite(t.copied, width, n, width)
+        copied = t.copied + begin*width
+        pack_rows(v + begin*row + column*col, row, col, n, width, copied)
+        poisoned = cut and not all_finite(copied, width, n, width)
         if poisoned:
             for i in range(n*width):
-                x = t.copied[i]
-                t.copied[i] = x if x - x == 0 else 0
-        product_t(vectors, t.copied, width, t.S + at + lane, n, t.Ot + column*LANES + lane, width, t.c + lane)
+                x = copied[i]
+                copied[i] = x if x - x == 0 else 0
+        product_t(vectors, t.copied, width, t.S + lane, parts, t.Ot + column*LANES + lane, width, t.c + lane)
         if poisoned:
-            for j in range(n):
-                for d in range(width):
-                    x = v[j*row + (column + d)*col]
-                    if x - x != 0:
-                        for i in range(lane, min(lane + <Py_ssize_t>vectors*VL, t.n_queries)):
-                            if visible(t, i, begin + j):
-                                t.Ot[(column + d)*LANES + i] += x*t.S[at + j*LANES + i]
+            for part in range(parts.n):
+                for j in range(parts.begin[part], parts.end[part]):
+                    for d in range(width):
+                        x = v[j*row + (column + d)*col]
+                        if x - x != 0:
+                            for i in range(lane, min(lane + <Py_ssize_t>vectors*VL, t.n_queries)):
+                                if (not masked or t.seen[j] >> i & 1) and not biased_away(t, i, block + j):
+                                    t.Ot[(column + d)*LANES + i] += x*t.S[j*LANES + i]
         column += COPIED
 
 
@@ -60,68 +64,75 @@ cdef Py_ssize_t scores(Task* t, int first, int vectors, const real* k, Py_ssize_
     return d
 
 
-cdef void logits(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, int64_t begin, int64_t end,
-                 bint masked) noexcept nogil:
-    # Final logits of vectors [first, first + vectors) and keys [begin, end) of one block; k points at key `begin`.
+cdef void load_bias(Task* t, real* to, Py_ssize_t lane, int vectors, int64_t key, Py_ssize_t n) noexcept nogil:
+    # The bias of vectors from `lane` on and n keys, as a tile.
+    cdef const fastattn_problem* p = t.p
+    cdef Py_ssize_t query = t.q_begin + lane
+    if p.bias_rows != NULL:
+        indexed_bias_tile(to, vectors, n, t.bias, p.bias_rows + query, p.bias_cols + key, t.n_queries - lane)
+    else:
+        bias_tile(to, vectors, n, t.bias + query*p.bias.row + key*p.bias.col, p.bias.row, p.bias.col, t.n_queries - lane,
+                  t.lines)
+
+
+cdef void logits(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, int64_t block, Py_ssize_t begin,
+                 Py_ssize_t n, bint masked) noexcept nogil:
+    # Final logits of vectors [first, first + vectors) and n keys from row `begin` of one block on.
     cdef const fastattn_problem* p = t.p
     cdef Py_ssize_t lane = first*VL
-    cdef Py_ssize_t at = begin % BLOCK
-    cdef Py_ssize_t n = end - begin
-    cdef real* S = t.S + at*LANES + lane
-    scores(t, first, vectors, k, k_row, S, n, True)
+    cdef real* S = t.S + begin*LANES + lane
+    scores(t, first, vectors, k + begin*k_row, k_row, S, n, True)
     if p.softcap > 0:
         softcap_pass(S, vectors, n, <real>p.scale, <real>p.softcap)
     if t.bias != NULL:
-        bias_tile(t.bias_tile, vectors, n, t.bias + (t.q_begin + lane)*p.bias.row + begin*p.bias.col, p.bias.row, p.bias.col,
-                  t.n_queries - lane)
+        load_bias(t, t.bias_tile, lane, vectors, block + begin, n)
         bias_pass(S, vectors, n, <real>1 if p.softcap > 0 else <real>p.scale, t.bias_tile)
     if masked:
-        hide_pass(S, vectors, n, t.seen + at, lane)
+        hide_pass(S, vectors, n, t.seen + begin, lane)
 
 
-cdef void weights(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, int64_t begin, int64_t end,
-                  bint masked) noexcept nogil:
-    # P for vectors [first, first + vectors) and keys [begin, end) of one block by the present references, and their sums.
+cdef void weights(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, int64_t block, Py_ssize_t begin,
+                  Py_ssize_t n, bint masked) noexcept nogil:
+    # P by the present references for vectors [first, first + vectors) and n keys from the even row `begin` of one block on,
+    # and their sums.
     cdef const fastattn_problem* p = t.p
     cdef Py_ssize_t lane = first*VL
-    cdef Py_ssize_t at = begin % BLOCK
-    cdef Py_ssize_t n = end - begin
     cdef Py_ssize_t d
-    cdef real* S = t.S + at*LANES + lane
+    cdef real* S = t.S + begin*LANES + lane
     cdef How how
     if p.softcap > 0 or (t.bias != NULL and p.D > DEPTH_WHOLE):
-        logits(t, first, vectors, k, k_row, begin, end, masked)
-        weigh_rows(vectors, False, S, n, t.kappa, t.base + lane, t.total + lane, at, NULL, 0)
+        logits(t, first, vectors, k, k_row, block, begin, n, masked)
+        weigh_rows(vectors, False, S, n, t.kappa, t.base + lane, t.total + lane, begin, NULL, 0)
         return
+    k += begin*k_row
     d = scores(t, first, vectors, k, k_row, S, n, False)
     how = ADD if d > 0 else STORE
     if t.bias != NULL:
-        bias_tile(S, vectors, n, t.bias + (t.q_begin + lane)*p.bias.row + begin*p.bias.col, p.bias.row, p.bias.col,
-                  t.n_queries - lane)
+        load_bias(t, S, lane, vectors, block + begin, n)
         how = BIAS
     if masked:
         fused_masked(vectors, k + d, k_row, t.Qt + d*LANES + lane, p.D - d, S, how, <real>p.scale, n, t.kappa, t.base + lane,
-                     t.total + lane, at, t.seen + at, lane, &t.later)
+                     t.total + lane, begin, t.seen + begin, lane, &t.later)
     else:
         fused_plain(vectors, k + d, k_row, t.Qt + d*LANES + lane, p.D - d, S, how, <real>p.scale, n, t.kappa, t.base + lane,
-                    t.total + lane, at, &t.later)
+                    t.total + lane, begin, &t.later)
 
 
-cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, const real* v, int64_t begin,
-                  int64_t end, bint masked) noexcept nogil:
-    # Vectors [first, first + vectors) against keys [begin, end) of one block, begin even; k and v point at key `begin`.
+cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, const real* v, int64_t block,
+                  const Parts* parts, bint masked) noexcept nogil:
+    # Vectors [first, first + vectors) against parts of one block; k and v point at its first key. Parts begin at even rows.
     cdef const fastattn_problem* p = t.p
     cdef Py_ssize_t lane = first*VL
-    cdef Py_ssize_t at = begin % BLOCK
-    cdef Py_ssize_t n = end - begin
-    cdef real* S = t.S + at*LANES + lane
     cdef bint over = True
     cdef bint cut = masked or t.bias != NULL
+    cdef bint look_at_values = t.careful and cut
     cdef Py_ssize_t i
+    cdef int part
 
     clear_chains(vectors, t.total + lane)
     if t.settled and finite_lanes(t.m + lane, vectors):
-        weights(t, first, vectors, k, k_row, begin, end, masked)
+        for part in range(parts.n):
+            weights(t, first, vectors, k, k_row, block, parts.begin[part], parts.end[part] - parts.begin[part], masked)
         for i in range(lane, lane + vectors*VL):
             t.c[i] = 1
         memcpy(t.before + lane, t.l + lane, vectors*VL*sizeof(real))
@@ -131,16 +142,24 @@ cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_r
             clear_chains(vectors, t.total + lane)
             t.settled = False
     if over:
-        logits(t, first, vectors, k, k_row, begin, end, masked)
-        new_reference(vectors, S, n, t.kappa, t.m + lane, t.base + lane, t.c + lane)
-        weigh_rows(vectors, False, S, n, t.kappa, t.base + lane, t.total + lane, at, NULL, 0)
+        for part in range(parts.n):
+            logits(t, first, vectors, k, k_row, block, parts.begin[part], parts.end[part] - parts.begin[part], masked)
+        new_reference(vectors, t.S + lane, parts, t.kappa, t.m + lane, t.base + lane, t.c + lane)
+        for part in range(parts.n):
+            weigh_rows(vectors, False, t.S + parts.begin[part]*LANES + lane, parts.end[part] - parts.begin[part], t.kappa,
+                       t.base + lane, t.total + lane, parts.begin[part], NULL, 0)
         add_sums(vectors, t.total + lane, t.c + lane, t.l + lane)
 
     t.cut |= cut
-    if p.value.col != 1 or (t.careful and cut and not all_finite(v, p.value.row, n, p.Dv)):
-        copied_values(t, first, vectors, v, begin, end, t.careful and cut)
+    if look_at_values:
+        look_at_values = False
+        for part in range(parts.n):
+            look_at_values |= not all_finite(v + parts.begin[part]*p.value.row, p.value.row,
+                                             parts.end[part] - parts.begin[part], p.Dv if p.value.col == 1 else 0)
+    if p.value.col != 1 or look_at_values:
+        copied_values(t, first, vectors, v, block, parts, t.careful and cut, masked)
     else:
-        product_t(vectors, v, p.value.row, S, n, t.Ot + lane, p.Dv, t.c + lane)
+        product_t(vectors, v, p.value.row, t.S + lane, parts, t.Ot + lane, p.Dv, t.c + lane)
 
 
 cdef inline void expect(Rows* rows, const void* at, Py_ssize_t row, Py_ssize_t n, Py_ssize_t size) noexcept nogil:
@@ -155,7 +174,7 @@ cdef void expect_masks(Task* t, int64_t block, int64_t end) noexcept nogil:
     cdef const fastattn_problem* p = t.p
     if block >= end:
         return
-    if t.bias != NULL and p.bias.col == 1:
+    if t.bias != NULL and p.bias.col == 1 and p.bias_rows == NULL:
         expect(&t.later.rows[t.later.n], t.bias + t.q_begin*p.bias.row + block, p.bias.row*sizeof(real), t.n_queries,
                (end - block)*sizeof(real))
         t.later.n += 1
@@ -164,62 +183,98 @@ cdef void expect_masks(Task* t, int64_t block, int64_t end) noexcept nogil:
         t.later.n += 1
 
 
+cdef uint64_t fill_gaps(uint64_t pairs) noexcept nogil:
+    # Gaps of up to NARROW pairs cost less multiplied than skipped.
+    cdef int i
+    cdef uint64_t below = pairs
+    cdef uint64_t above = pairs
+    for i in range(NARROW):
+        below |= below << 1
+        above |= above >> 1
+    return pairs | below & above
+
+
+cdef void parts_of(uint64_t pairs, Py_ssize_t n, Parts* parts) noexcept nogil:
+    cdef int begin = 0
+    cdef int length
+    parts.n = 0
+    while pairs != 0:
+        length = bits_first(pairs)
+        begin += length
+        pairs >>= length
+        length = bits_first(~pairs)
+        parts.begin[parts.n] = 2*begin
+        parts.end[parts.n] = min(2*<Py_ssize_t>(begin + length), n)
+        parts.n += 1
+        begin += length
+        pairs >>= length
+
+
 cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
-    # All lanes against keys [block, end). Neighbouring vectors with about the same range of keys form a segment, so that at
-    # the edge of a causal or windowed pattern the work follows the visible area.
+    # All lanes against keys [block, end). Neighbouring vectors that see about the same keys form a segment, so that at the
+    # edge of a causal or windowed pattern the work follows the visible area.
     cdef const fastattn_problem* p = t.p
     cdef const real* k = t.k + block*p.key.row
     cdef const real* v = t.v + block*p.value.row
     cdef Py_ssize_t k_row = p.key.row
     cdef Py_ssize_t n = end - block
-    cdef Py_ssize_t begins[BLOCK_VECTORS]
-    cdef Py_ssize_t stops[BLOCK_VECTORS]
-    cdef Py_ssize_t begin, stop, lo, hi, area
+    cdef Parts parts
+    cdef uint64_t pairs[BLOCK_VECTORS]      # bit j: some lane of the vector sees key 2 j or 2 j + 1
     cdef uint64_t lanes = t.lanes >> (t.vectors - 1)*VL        # of one vector
-    cdef Look seen = look(t, block, end)
+    cdef uint64_t both[PAIRS]
+    cdef uint64_t seen, wider
+    cdef Look how_much = look(t, block, end)
+    cdef int area
     cdef int g = 0
     cdef int first
+    cdef Py_ssize_t j
     t.later.n = 0
     if t.cold and p.value.col == 1:
         expect(&t.later.rows[0], v, p.value.row*sizeof(real), n, p.Dv*sizeof(real))
         t.later.n = 1
     expect_masks(t, end, min(t.k_end, end + BLOCK))
-    if seen == NOTHING:
+    if how_much == NOTHING:
         return
     if p.key.col != 1:
         pack_rows(k, p.key.row, p.key.col, n, p.D, t.packed_k)
         k = t.packed_k
         k_row = p.D
-    if seen == ALL:
-        segment(t, 0, t.vectors, k, k_row, v, block, end, False)
+    if how_much == ALL:
+        parts.n = 1
+        parts.begin[0] = 0
+        parts.end[0] = n
+        if t.second:
+            weighed_segment(t, 0, t.vectors, k, k_row, block, &parts, False)
+        else:
+            segment(t, 0, t.vectors, k, k_row, v, block, &parts, False)
         return
+    for j in range(n//2):
+        both[j] = t.seen[2*j] | t.seen[2*j + 1]
+    if n % 2 == 1:
+        both[n//2] = t.seen[n - 1]
     for g in range(t.vectors):
-        begin = 0
-        stop = n
-        while begin < n and t.seen[begin] & lanes << g*VL == 0:
-            begin += 1
-        while stop > begin and t.seen[stop - 1] & lanes << g*VL == 0:
-            stop -= 1
-        begins[g] = begin//2*2              # sums go in pairs of keys
-        stops[g] = stop if begin < n else begins[g]
+        seen = 0
+        wider = lanes << g*VL
+        for j in range((n + 1)//2):
+            seen |= <uint64_t>(both[j] & wider != 0) << j
+        pairs[g] = seen
     g = 0
     while g < t.vectors:
         first = g
-        begin = begins[g]
-        stop = stops[g]
-        area = stop - begin
+        seen = pairs[g]
+        area = bits_count(seen)
         g += 1
-        while g < t.vectors and begin < stop:
+        while seen != 0 and g < t.vectors and pairs[g] != 0:
             # widen the segment by one vector, unless that multiplies too many pairs that nobody sees
-            if begins[g] >= stops[g]:
+            area += bits_count(pairs[g])
+            wider = seen | pairs[g]
+            if 2*((g + 1 - first)*bits_count(wider) - area) > WASTE:
                 break
-            area += stops[g] - begins[g]
-            lo = min(begin, begins[g])
-            hi = max(stop, stops[g])
-            if (g + 1 - first)*(hi - lo) - area > WASTE:
-                break
-            begin = lo
-            stop = hi
+            seen = wider
             g += 1
-        if begin < stop:
-            segment(t, first, g - first, k + begin*k_row, k_row, v + begin*p.value.row, block + begin, block + stop, True)
+        if seen != 0:
+            parts_of(fill_gaps(seen), n, &parts)
+            if t.second:
+                weighed_segment(t, first, g - first, k, k_row, block, &parts, True)
+            else:
+                segment(t, first, g - first, k, k_row, v, block, &parts, True)

@@ -2,7 +2,8 @@
 """The hot loops, compiled once per (instruction set, precision).
 
 Walk: dispatch.pyx calls `run` once a task  →  this file (one task)  →  block.pxi (one block of keys)  →  softmax.pxi and
-products.pxi (the loops)  →  simd.h (vectors). Beside them task.pxi (who sees what), logits.pxi (options), pack.pxi (moves).
+products.pxi (the loops)  →  simd.h (vectors). Beside them tasks.pxi (which rows a task has), task.pxi (who sees what),
+logits.pxi (options), pack.pxi (moves), weights.pxi (the weights themselves).
 
 One task is (batch, head, block of queries); queries live in vector lanes. Memory of a task, reused for every task of a thread:
 
@@ -24,14 +25,18 @@ from libc.string cimport memcpy, memset
 
 include "abi.pxi"
 
-cdef enum:
+cdef extern from *:
     # Keys of a block: P (96 x 256 bytes) and the block of V share a 48 KiB first-level cache at D = 64, and a sum of 96
     # products before it joins the running sum keeps the rounding error at that of pairwise schemes (docs/accuracy.md).
-    BLOCK = 96
+    enum: BLOCK "FASTATTN_TILE_KEYS"
+
+cdef enum:
+    PAIRS = 48              # of keys in a block
     HEADROOM = 10           # a maximum may exceed the reference of the exponential by this power of two
     CHAINS = 8              # interleaved sums of a block's weights; BLOCK is even, so pairs of keys do not straddle blocks
     WASTE = 24              # vector x key products a wider segment may waste: narrow ones run at 0.8 of the speed
     COPIED = 24             # columns of values that are copied at once where they cannot be read in place: whole tiles
+    NARROW = 3              # pairs of keys between two parts of a block that are multiplied rather than skipped
     POLL_EVERY = 8          # blocks of keys between two looks at `stop`
 
 include "products.pxi"
@@ -40,6 +45,8 @@ include "softmax.pxi"
 include "logits.pxi"
 include "task.pxi"
 include "block.pxi"
+include "tasks.pxi"
+include "weights.pxi"
 
 
 cdef double finish_row(Task* t, Py_ssize_t i) noexcept nogil:
@@ -50,15 +57,11 @@ cdef double finish_row(Task* t, Py_ssize_t i) noexcept nogil:
     cdef double l = t.l[i]
     cdef double sink = -INFINITY
     cdef double top
-    cdef int64_t j
     if p.sinks != NULL:
         sink = (<const real*>p.sinks)[t.h]
     if l == 0:
         # Nothing is visible, or all visible scores are -inf, which came from infinite inputs: softmax of them is NaN.
-        j = t.lo[i]
-        while j < t.hi[i] and not visible(t, i, j):
-            j += 1
-        if j == t.hi[i] or sink - sink == 0:
+        if sink - sink == 0 or not sees_any(t, i):
             return sink
         l = NAN
         t.c[i] = NAN
@@ -70,8 +73,8 @@ cdef double finish_row(Task* t, Py_ssize_t i) noexcept nogil:
     return top + log(l)
 
 
-cdef void finish(Task* t, real* out, real* lse) noexcept nogil:
-    # out = Ot / l
+cdef void normalise(Task* t, real* lse) noexcept nogil:
+    # c = 1 / l, and the rows' log-sum-exp
     cdef Py_ssize_t i
     cdef double row_lse
     for i in range(t.vectors*VL):
@@ -81,7 +84,6 @@ cdef void finish(Task* t, real* out, real* lse) noexcept nogil:
             row_lse = finish_row(t, i)
             if lse != NULL:
                 lse[i*t.p.lse.row] = <real>row_lse
-    write_out(t.Ot, t.c, t.n_queries, t.vectors, t.p.Dv, out, t.p.out.row, t.p.out.col)
 
 
 cdef void empty_rows(const fastattn_problem* p, Py_ssize_t n, real* out, real* lse) noexcept nogil:
@@ -100,8 +102,9 @@ cdef Py_ssize_t aligned(Py_ssize_t n) noexcept nogil:
 cdef size_t scratch(const fastattn_problem* p) noexcept nogil:
     return sizeof(real)*<size_t>(aligned(p.D*LANES) + BLOCK*LANES + aligned(p.Dv*LANES) + (5 + CHAINS)*LANES
                                  + aligned(BLOCK*p.D if p.key.col != 1 else 0)
-                                 + (BLOCK*LANES if p.bias.data != NULL else 0)
-                                 + BLOCK*COPIED)
+                                 + (BLOCK*(LANES + VL) if p.bias.data != NULL else 0)
+                                 + (BLOCK*VL if p.reduce != FASTATTN_OUTPUT else 0)
+                                 + BLOCK*COPIED) + <size_t>p.k*LANES*(sizeof(real) + sizeof(int64_t))
 
 
 cdef bint walk(Task* t, bint caller) noexcept nogil:
@@ -109,21 +112,29 @@ cdef bint walk(Task* t, bint caller) noexcept nogil:
     cdef const fastattn_problem* p = t.p
     cdef int64_t block = t.k_begin - t.k_begin % BLOCK
     cdef int count = 0
+    cdef bint across = t.second and (p.reduce == FASTATTN_SUM or p.reduce == FASTATTN_MAX)
     cdef Py_ssize_t i
     cdef int a
-    t.settled = True
-    t.cut = False
-    memset(t.Ot, 0, p.Dv*LANES*sizeof(real))
-    for i in range(LANES):
-        t.m[i] = -INFINITY
-        t.l[i] = 0
+    t.tile = t.tile_begin
+    if not t.second:
+        t.settled = True
+        t.cut = False
+        t.some = 0
+        memset(t.Ot, 0, p.Dv*LANES*sizeof(real))
+        for i in range(LANES):
+            t.m[i] = -INFINITY
+            t.l[i] = 0
     t.later.n = 0
     expect_masks(t, block, min(t.k_end, block + BLOCK))
     for a in range(t.later.n):
         for i in range(t.later.rows[a].left):
             v_fetch_later(t.later.rows[a].at + i*t.later.rows[a].row, t.later.rows[a].size)
-    while block < t.k_end:
+    while next_block(t, &block):
+        if across:
+            memset(t.across, 0, BLOCK*VL*sizeof(real))
         key_block(t, block, min(t.k_end, block + BLOCK))
+        if across:
+            reduce_lanes(t, block, min(t.k_end, block + BLOCK) - block)
         block += BLOCK
         count += 1
         if count % POLL_EVERY == 0 and p.stop != NULL:
@@ -134,151 +145,28 @@ cdef bint walk(Task* t, bint caller) noexcept nogil:
     return True
 
 
-cdef int64_t blocks(int64_t L, int64_t heads, int64_t threads) noexcept nogil:
-    # Blocks of queries a head: as few as LANES allows, of equal width; more where that would leave threads idle. The bits
-    # of a row do not depend on its block, so this may depend on the number of threads.
-    cdef int64_t n_vectors = (L + VL - 1) // VL
-    cdef int64_t best = (n_vectors + BLOCK_VECTORS - 1) // BLOCK_VECTORS
-    cdef int64_t n, cost, least
-    if threads > 1 and heads*best < 4*threads:
-        least = INT64_MAX
-        for n in range(best, min(n_vectors, 4*best) + 1):
-            cost = (heads*n + threads - 1) // threads*((n_vectors + n - 1) // n)
-            if cost < least:
-                least = cost
-                best = n
-    return best
-
-
-cdef int64_t tasks(const fastattn_problem* p, int64_t threads) noexcept nogil:
-    return p.B*p.H*blocks(p.L, p.B*p.H, threads)
-
-
-cdef struct Place:
-    int64_t b, h, q_begin, q_end
-
-
-cdef void locate(const fastattn_problem* p, int64_t n_tasks, int64_t task, Place* place) noexcept nogil:
-    # Which rows of which head: vectors [n q / N, n (q + 1) / N) of its n vectors. The last rows see most when causal:
-    # longest first. Else in the order of memory: a window moves on over keys that are still in the cache.
-    cdef int64_t n_blocks = n_tasks // (p.B*p.H)
-    cdef int64_t n_vectors = (p.L + VL - 1) // VL
-    cdef int64_t q_block = task % n_blocks
-    if p.left >= p.S and p.right < p.S:
-        q_block = n_blocks - 1 - q_block
-    place.b = task // n_blocks // p.H
-    place.h = task // n_blocks % p.H
-    place.q_begin = n_vectors*q_block // n_blocks*VL
-    place.q_end = min(p.L, n_vectors*(q_block + 1) // n_blocks*VL)
-
-
-cdef void expect_task(Task* t, int64_t n_tasks, int64_t task) noexcept nogil:
-    # What the next task reads and this one does not: its queries; the keys and values behind the window, or of another head.
-    cdef const fastattn_problem* p = t.p
-    cdef Ahead* later = &t.later
-    cdef Place place
-    cdef int64_t first = t.k_end if p.left < p.S else p.S
-    cdef int64_t h_kv, n
-    later.at = 0
-    later.n_next = 0
-    if p.out.col == 1:
-        expect(&later.next[0], <const real*>p.out.data + offset(p, &p.out, t.b, t.h) + t.q_begin*p.out.row,
-               p.out.row*sizeof(real), t.n_queries, p.Dv*sizeof(real))
-        later.n_next = 1
-    if task >= n_tasks:
-        return
-    locate(p, n_tasks, task, &place)
-    h_kv = place.h // (p.H // p.Hkv)
-    if place.b != t.b or h_kv != t.h // (p.H // p.Hkv):
-        first = 0
-    n = max(<int64_t>0, min(p.S - first, <int64_t>LANES))
-    if p.query.col == 1:
-        expect(&later.next[later.n_next], <const real*>p.query.data + offset(p, &p.query, place.b, place.h)
-               + place.q_begin*p.query.row, p.query.row*sizeof(real), place.q_end - place.q_begin, p.D*sizeof(real))
-        later.n_next += 1
-    if p.key.col == 1 and n > 0:
-        expect(&later.next[later.n_next], <const real*>p.key.data + offset(p, &p.key, place.b, h_kv) + first*p.key.row,
-               p.key.row*sizeof(real), n, p.D*sizeof(real))
-        later.n_next += 1
-    if p.value.col == 1 and n > 0 and not t.cold:
-        expect(&later.next[later.n_next], <const real*>p.value.data + offset(p, &p.value, place.b, h_kv) + first*p.value.row,
-               p.value.row*sizeof(real), n, p.Dv*sizeof(real))
-        later.n_next += 1
-
-
 cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t caller, void* memory) noexcept nogil:
     cdef Task t
     cdef Place place
-    cdef int64_t n_keys = p.S
-    cdef int64_t rows, h_kv
-    cdef double kappa
-    cdef real sign = 1
+    cdef Py_ssize_t rows
     cdef real* out
     cdef real* lse = NULL
+    if p.reduce != FASTATTN_OUTPUT:
+        run_weights(p, task, caller, memory)
+        return
     locate(p, n_tasks, task, &place)
-    t.p = p
-    t.b = place.b
-    t.h = place.h
-    t.q_begin = place.q_begin
     rows = place.q_end - place.q_begin
-    out = <real*>p.out.data + offset(p, &p.out, t.b, t.h) + t.q_begin*p.out.row
+    if rows <= 0:
+        return
+    out = <real*>p.out.data + offset(p, &p.out, place.b, place.h, p.cu_q) + place.q_begin*p.out.row
     if p.lse.data != NULL:
-        lse = <real*>p.lse.data + offset(p, &p.lse, t.b, t.h) + t.q_begin*p.lse.row
-    t.n_queries = rows
-    if p.query_lengths != NULL:
-        t.n_queries = max(<int64_t>0, min(rows, p.query_lengths[t.b] - t.q_begin))
-        empty_rows(p, rows - t.n_queries, out + t.n_queries*p.out.row, lse + t.n_queries*p.lse.row if lse != NULL else NULL)
-        if t.n_queries == 0:
-            return
-    t.vectors = <int>((t.n_queries + VL - 1) // VL)
-    t.lanes = ~<uint64_t>0 >> (64 - t.vectors*VL)
-    if p.kv_lengths != NULL:
-        n_keys = p.kv_lengths[t.b]
-    intervals(&t, n_keys)
-
-    # Where things are.
-    h_kv = t.h // (p.H // p.Hkv)
-    t.q = <const real*>p.query.data + offset(p, &p.query, t.b, t.h)
-    t.k = <const real*>p.key.data + offset(p, &p.key, t.b, h_kv)
-    t.v = <const real*>p.value.data + offset(p, &p.value, t.b, h_kv)
-    t.bias = NULL
-    t.mask = NULL
-    if p.bias.data != NULL:
-        t.bias = <const real*>p.bias.data + offset(p, &p.bias, t.b, t.h)
-    if p.mask.data != NULL:
-        t.mask = <const uint8_t*>p.mask.data + offset(p, &p.mask, t.b, t.h)
-    t.Qt = <real*>memory
-    t.S = t.Qt + aligned(p.D*LANES)
-    t.Ot = t.S + BLOCK*LANES
-    t.m = t.Ot + aligned(p.Dv*LANES)
-    t.l = t.m + LANES
-    t.c = t.l + LANES
-    t.before = t.c + LANES
-    t.base = t.before + LANES
-    t.total = t.base + LANES
-    t.copied = t.total + CHAINS*LANES
-    t.packed_k = t.copied + BLOCK*COPIED
-    t.bias_tile = t.packed_k + aligned(BLOCK*p.D if p.key.col != 1 else 0)
-
-    # The scale joins the exponent. Its sign goes into Q, exactly, so that the largest score has the largest exponent; where a
-    # softcap or a bias makes logits of the scores, they apply it and the exponent keeps log2 e.
-    kappa = 1.4426950408889634
-    if p.softcap == 0 and t.bias == NULL:
-        sign = -1 if p.scale < 0 else 1
-        kappa *= 0.25*p.scale*sign
-        if kappa > 0.25*REAL_MAX:           # past the largest number: a power of two goes into Q as well
-            sign *= 4
-        else:
-            kappa *= 4
-        if <real>kappa == 0:
-            kappa = 1
-            sign = 0
-    t.kappa = <real>kappa
+        lse = <real*>p.lse.data + offset(p, &p.lse, place.b, place.h, p.cu_q) + place.q_begin*p.lse.row
+    if not prepare(&t, p, &place, memory):
+        empty_rows(p, rows, out, lse)
+        return
+    empty_rows(p, rows - t.n_queries, out + t.n_queries*p.out.row, lse + t.n_queries*p.lse.row if lse != NULL else NULL)
     t.cold = n_tasks <= 4*p.B*p.H
     expect_task(&t, n_tasks, task + 1)
-
-    pack_queries(t.q + t.q_begin*p.query.row, p.query.row, p.query.col, t.n_queries, t.vectors, p.D, sign, t.Qt)
-    t.careful = False
     if not walk(&t, caller):
         return
     if t.cut and not all_finite(t.Ot, LANES, p.Dv, t.vectors*VL):
@@ -286,7 +174,8 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
         t.careful = True
         if not walk(&t, caller):
             return
-    finish(&t, out, lse)
+    normalise(&t, lse)
+    write_out(t.Ot, t.c, t.n_queries, t.vectors, p.Dv, out, p.out.row, p.out.col)
 
 
 cdef void exp2_array(const void* x, void* y, int64_t n) noexcept nogil:

@@ -13,12 +13,36 @@ cdef void softcap_pass(real* S, int vectors, Py_ssize_t n, real scale, real cap)
             v_store(S + j*LANES + g*VL, v_mul(outer, v_tanh(v_mul(inner, v_load(S + j*LANES + g*VL)))))
 
 
+cdef void indexed_bias_tile(real* to, int vectors, Py_ssize_t n, const real* bias, const int64_t* rows, const int64_t* cols,
+                            Py_ssize_t n_queries) noexcept nogil:
+    # to[j, i] = bias[rows[i] + cols[j]]: tables over the difference of two positions of a grid. Along a row of it
+    # queries are contiguous.
+    cdef real lanes[VL]
+    cdef Py_ssize_t i, j, first, last
+    cdef bint contiguous
+    cdef int g
+    for g in range(vectors):
+        first = g*VL
+        last = min(first + VL, n_queries) - 1
+        contiguous = last == first + VL - 1
+        for i in range(first, last):
+            contiguous &= rows[i + 1] - rows[i] == 1
+        if contiguous:
+            for j in range(n):
+                v_store(to + j*LANES + first, v_load(bias + rows[first] + cols[j]))
+        else:
+            for j in range(n):
+                for i in range(VL):
+                    lanes[i] = bias[rows[min(first + i, last)] + cols[j]]
+                v_store(to + j*LANES + first, v_load(lanes))
+
+
 cdef void bias_tile(real* to, int vectors, Py_ssize_t n, const real* bias, Py_ssize_t row, Py_ssize_t col,
-                    Py_ssize_t n_queries) noexcept nogil:
+                    Py_ssize_t n_queries, real* lines) noexcept nogil:
     # to[j, i] = bias[i, j]; bias points at the first query and key of the tile. Lanes past the last query read its row: they
     # are never written out.
     cdef v_square t
-    cdef Py_ssize_t j, i, first, width
+    cdef Py_ssize_t j, i, first
     cdef int g
     cdef vf b
     if row == 0:                        # one value a key, for all queries
@@ -29,20 +53,26 @@ cdef void bias_tile(real* to, int vectors, Py_ssize_t n, const real* bias, Py_ss
         return
     for g in range(vectors):
         first = g*VL
-        j = 0
-        if row == 1 and first + VL <= n_queries:        # queries are contiguous: tables over j - i, transposed arrays
+        if row == 1:                    # queries are contiguous: tables over j - i, transposed arrays
+            for j in range(n):
+                v_store(to + j*LANES + first, v_load_part(bias + first + j*col, n_queries - first))
+            continue
+        # A row at a time into `lines`: rows are often a multiple of 4096 bytes apart, in the same few sets of the cache,
+        # and unaligned vectors read each line twice.
+        for i in range(VL):
+            j = 0
             while j < n:
-                v_store(to + j*LANES + first, v_load(bias + first + j*col))
-                j += 1
+                v_store(lines + i*BLOCK + j, load_row(bias + min(first + i, n_queries - 1)*row + j*col, col, n - j))
+                j += VL
+        j = 0
         while j < n:
-            width = min(<Py_ssize_t>VL, n - j)
-            if width == VL and col == 1 and first + VL <= n_queries:
-                v_move_square(bias + first*row + j, row, to + j*LANES + first, LANES)
+            if n - j >= VL:
+                v_move_square(lines + j, BLOCK, to + j*LANES + first, LANES)
             else:
                 for i in range(VL):
-                    t.row[i] = load_row(bias + min(first + i, n_queries - 1)*row + j*col, col, width)
+                    t.row[i] = v_load(lines + i*BLOCK + j)
                 v_transpose(&t)
-                for i in range(width):
+                for i in range(n - j):
                     v_store(to + (j + i)*LANES + first, t.row[i])
             j += VL
 

@@ -8,7 +8,7 @@
 #            B: | nv vectors |            a tile holds mr x nv accumulators for the whole sum over k:
 #               |            | k          mr broadcasts and nv loads feed mr * nv FMAs, so the FMA units are the limit
 #     A: ┌────┐ ┌────────────┐
-#     mr │  k │ │  mr x nv   │ C          nv = 4: 6 x 4, 3: 8 x 3, 2: 12 x 2 (with 32 registers)
+#     mr │  k │ │  mr x nv   │ C          nv = 4: 6 x 4, 3: 8 x 3, 2: 12 x 2, 1: 16 x 1
 #        └────┘ └────────────┘
 #
 # `mr` and `nv` are literals at every call: the loops over them must unroll completely, or acc leaves the registers.
@@ -25,7 +25,7 @@ cdef inline vf biased(vf s, vf scale, vf b) noexcept nogil:
     return v_where_lt(b, v_set1(-REAL_MAX), v_set1(-INFINITY), v_fma(s, scale, b))
 
 
-cdef inline void store_tile(const int mr, const int nv, vf acc[12][4], real* C, How how, real scale) noexcept nogil:
+cdef inline void store_tile(const int mr, const int nv, vf acc[16][4], real* C, How how, real scale) noexcept nogil:
     cdef int i, j
     if how == BIAS:
         for i in range(mr):
@@ -43,7 +43,7 @@ cdef inline void store_tile(const int mr, const int nv, vf acc[12][4], real* C, 
 
 cdef inline void tile_n(const int mr, const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n,
                         real* C, How how, real scale) noexcept nogil:
-    cdef vf acc[12][4]
+    cdef vf acc[16][4]
     cdef vf b[4]
     cdef vf a
     cdef Py_ssize_t k
@@ -61,23 +61,30 @@ cdef inline void tile_n(const int mr, const int nv, const real* A, Py_ssize_t ld
     store_tile(mr, nv, acc, C, how, scale)
 
 
-cdef inline void tile_t(const int mr, const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n,
+cdef struct Parts:          # ascending ranges of a block's keys that take part
+    int n
+    Py_ssize_t begin[PAIRS]
+    Py_ssize_t end[PAIRS]
+
+
+cdef inline void tile_t(const int mr, const int nv, const real* A, Py_ssize_t lda, const real* B, const Parts* parts,
                         real* C, const real* c) noexcept nogil:
-    cdef vf acc[12][4]
+    cdef vf acc[16][4]
     cdef vf b[4]
     cdef vf a
     cdef Py_ssize_t k
-    cdef int i, j
+    cdef int i, j, part
     for i in range(mr):
         for j in range(nv):
             acc[i][j] = v_zero()
-    for k in range(n):
-        for j in range(nv):
-            b[j] = v_load(B + k*LANES + j*VL)
-        for i in range(mr):
-            a = v_set1(A[k*lda + i])
+    for part in range(parts.n):
+        for k in range(parts.begin[part], parts.end[part]):
             for j in range(nv):
-                acc[i][j] = v_fma(a, b[j], acc[i][j])
+                b[j] = v_load(B + k*LANES + j*VL)
+            for i in range(mr):
+                a = v_set1(A[k*lda + i])
+                for j in range(nv):
+                    acc[i][j] = v_fma(a, b[j], acc[i][j])
     # One rounding for rescaling the older sum and adding this block's: where the maximum did not grow c is 1 and exact.
     for j in range(nv):
         b[j] = v_load(c + j*VL)
@@ -137,6 +144,16 @@ cdef inline void columns_n(const int nv, const real* A, Py_ssize_t lda, const re
         A += rows_of(nv)*lda
         C += rows_of(nv)*LANES
         m -= rows_of(nv)
+    if rows_of(nv) > 12 and m >= 12:
+        tile_n(12, nv, A, lda, B, n, C, how, scale)
+        A += 12*lda
+        C += 12*LANES
+        m -= 12
+    if rows_of(nv) > 12 and m >= 8:
+        tile_n(8, nv, A, lda, B, n, C, how, scale)
+        A += 8*lda
+        C += 8*LANES
+        m -= 8
     if rows_of(nv) > 6 and m >= 6:
         tile_n(6, nv, A, lda, B, n, C, how, scale)
         A += 6*lda
@@ -156,31 +173,41 @@ cdef inline void columns_n(const int nv, const real* A, Py_ssize_t lda, const re
         tile_n(1, nv, A, lda, B, n, C, how, scale)
 
 
-cdef inline void columns_t(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
+cdef inline void columns_t(const int nv, const real* A, Py_ssize_t lda, const real* B, const Parts* parts, real* C,
                            Py_ssize_t m, const real* c) noexcept nogil:
-    # C[m, nv*VL] = C c + A[n, m]ᵀ · B[n, nv*VL]
+    # C[m, nv*VL] = C c + A[n, m]ᵀ · B[n, nv*VL], over the rows that take part
     while m >= rows_of(nv) and not (rows_of(nv) == 6 and m == 8):
-        tile_t(rows_of(nv), nv, A, lda, B, n, C, c)
+        tile_t(rows_of(nv), nv, A, lda, B, parts, C, c)
         A += rows_of(nv)
         C += rows_of(nv)*LANES
         m -= rows_of(nv)
+    if rows_of(nv) > 12 and m >= 12:
+        tile_t(12, nv, A, lda, B, parts, C, c)
+        A += 12
+        C += 12*LANES
+        m -= 12
+    if rows_of(nv) > 12 and m >= 8:
+        tile_t(8, nv, A, lda, B, parts, C, c)
+        A += 8
+        C += 8*LANES
+        m -= 8
     if rows_of(nv) > 6 and m >= 6:
-        tile_t(6, nv, A, lda, B, n, C, c)
+        tile_t(6, nv, A, lda, B, parts, C, c)
         A += 6
         C += 6*LANES
         m -= 6
     while rows_of(nv) > 4 and m >= 4:
-        tile_t(4, nv, A, lda, B, n, C, c)
+        tile_t(4, nv, A, lda, B, parts, C, c)
         A += 4
         C += 4*LANES
         m -= 4
     if rows_of(nv) > 2 and m >= 2:
-        tile_t(2, nv, A, lda, B, n, C, c)
+        tile_t(2, nv, A, lda, B, parts, C, c)
         A += 2
         C += 2*LANES
         m -= 2
     if m >= 1:
-        tile_t(1, nv, A, lda, B, n, C, c)
+        tile_t(1, nv, A, lda, B, parts, C, c)
 
 
 cdef void product_n(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
@@ -199,18 +226,18 @@ cdef void product_n(int vectors, const real* A, Py_ssize_t lda, const real* B, P
         columns_n(1, A, lda, B, n, C, m, how, scale, later)
 
 
-cdef void product_t(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
+cdef void product_t(int vectors, const real* A, Py_ssize_t lda, const real* B, const Parts* parts, real* C,
                     Py_ssize_t m, const real* c) noexcept nogil:
     # C[m, vectors*VL] = C c + A[n, m]ᵀ · B[n, vectors*VL]
     while vectors >= GROUP:
-        columns_t(GROUP, A, lda, B, n, C, m, c)
+        columns_t(GROUP, A, lda, B, parts, C, m, c)
         B += GROUP*VL
         C += GROUP*VL
         c += GROUP*VL
         vectors -= GROUP
     if GROUP > 3 and vectors == 3:
-        columns_t(3, A, lda, B, n, C, m, c)
+        columns_t(3, A, lda, B, parts, C, m, c)
     elif GROUP > 2 and vectors == 2:
-        columns_t(2, A, lda, B, n, C, m, c)
+        columns_t(2, A, lda, B, parts, C, m, c)
     elif vectors == 1:
-        columns_t(1, A, lda, B, n, C, m, c)
+        columns_t(1, A, lda, B, parts, C, m, c)

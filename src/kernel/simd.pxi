@@ -26,6 +26,8 @@ cdef extern from "simd.h" nogil:
         ROWS_3
         ROWS_4
     const real REAL_MAX
+    int bits_count(uint64_t)
+    int bits_first(uint64_t)
     void v_fetch_soon(const real*, Py_ssize_t)
     void v_fetch_later(const char*, Py_ssize_t)
     vf v_load(const real*)
@@ -42,6 +44,7 @@ cdef extern from "simd.h" nogil:
     vf v_hide(vf, uint64_t)
     bint v_any_nan(vf)
     bint v_any_above(vf, real)
+    uint64_t v_above_bits(vf, vf)
     vf v_load_part(const real*, Py_ssize_t)
     void v_store_part(real*, vf, Py_ssize_t)
     vf v_gather(const real*, Py_ssize_t, Py_ssize_t)

@@ -103,7 +103,7 @@ cdef inline void tile_n_weighing(const int mr, const int nv, const bint masked, 
                                  int shift) noexcept nogil:
     # tile_n, and between its steps over k rows [first, first + mr) of the block, at W, become weights; first and mr are even.
     # mr * nv accumulators stay in registers: what the exponential needs besides is read from memory each time.
-    cdef vf acc[12][4]
+    cdef vf acc[16][4]
     cdef vf b[4]
     cdef vf a, x
     cdef Py_ssize_t k = 0
@@ -201,29 +201,31 @@ cdef void fused_masked(int vectors, const real* A, Py_ssize_t lda, const real* B
     fused_groups(True, vectors, A, lda, B, n, S, how, scale, n_keys, kappa, m, total, first, seen, shift, later)
 
 
-cdef inline void maximum(const int nv, const real* S, Py_ssize_t n, real* result) noexcept nogil:
+cdef inline void maximum(const int nv, const real* S, const Parts* parts, real* result) noexcept nogil:
     cdef vf top[4]
     cdef Py_ssize_t j
-    cdef int g
+    cdef int g, part
     for g in range(nv):
         top[g] = v_set1(-INFINITY)
-    for j in range(n):
-        for g in range(nv):
-            top[g] = v_max(v_load(S + j*LANES + g*VL), top[g])
+    for part in range(parts.n):
+        for j in range(parts.begin[part], parts.end[part]):
+            for g in range(nv):
+                top[g] = v_max(v_load(S + j*LANES + g*VL), top[g])
     for g in range(nv):
         v_store(result + g*VL, top[g])
 
 
-cdef void new_reference(int vectors, const real* S, Py_ssize_t n, real kappa, real* m, real* base, real* c) noexcept nogil:
-    # Move m to the maximum of the n rows at S where its weight would pass 2^HEADROOM.
+cdef void new_reference(int vectors, const real* S, const Parts* parts, real kappa, real* m, real* base,
+                        real* c) noexcept nogil:
+    # Move m to the maximum of the block's rows that take part where its weight would pass 2^HEADROOM.
     cdef vf top, old, new
     cdef vf k = v_set1(kappa)
     cdef int g = 0
     while g + 4 <= vectors:
-        maximum(4, S + g*VL, n, base + g*VL)
+        maximum(4, S + g*VL, parts, base + g*VL)
         g += 4
     while g < vectors:
-        maximum(1, S + g*VL, n, base + g*VL)
+        maximum(1, S + g*VL, parts, base + g*VL)
         g += 1
     for g in range(vectors):
         top = v_load(base + g*VL)

@@ -12,7 +12,11 @@ cdef struct Task:
     int64_t hi[LANES]
     int64_t k_begin, k_end, full_begin, full_end
     uint64_t lanes                  # bits of the block's lanes
-    uint64_t seen[BLOCK]            # the lanes that see each key of the present block, where not all see all
+    uint64_t words[BLOCK]
+    const uint64_t* seen            # [BLOCK] the lanes that see each key of the present block, where not all see all
+    uint64_t some                   # the lanes that have seen some key, as far as masks say
+    int64_t tile, tile_begin, tile_end      # the present one and the range of p.tiles for these rows
+    int tile_shift                  # bit of the first row
     const real* q
     const real* k
     const real* v
@@ -24,6 +28,9 @@ cdef struct Task:
     bint cut                        # a value was multiplied by the weight 0 of a lane that does not see its key
     bint careful                    # such values are looked at first: NaN and Inf stay with those who see them
     Ahead later
+    bint second                     # the second walk, over weights: references and sums are final
+    uint64_t nan_rows               # lanes whose weights are NaN
+    int64_t chunk
     # scratch
     real* Qt
     real* S
@@ -35,30 +42,27 @@ cdef struct Task:
     real* base                      # m, or 0 where it is -inf
     real* total                     # [CHAINS][LANES] sums of the block's weights
     real* bias_tile                 # [BLOCK][LANES]
+    real* lines                     # [VL][BLOCK] rows of a bias
+    real* across                    # [BLOCK][VL] a block's weights, reduced over vectors of queries
+    real* top                       # [LANES][k] the largest scores of each lane, descending
+    int64_t* top_at                 # and their keys
     real* packed_k
     real* copied                    # [BLOCK][COPIED] values
 
 
-cdef inline int64_t offset(const fastattn_problem* p, const fastattn_array* a, int64_t b, int64_t h) noexcept nogil:
-    cdef int64_t at = h*a.head
+cdef inline int64_t lead_offset(const fastattn_problem* p, const int64_t* strides, int64_t b) noexcept nogil:
+    cdef int64_t at = 0
     cdef int axis
     for axis in range(p.n_lead - 1, -1, -1):
-        at += b % p.lead[axis]*a.lead[axis]
+        at += b % p.lead[axis]*strides[axis]
         b //= p.lead[axis]
     return at
 
 
-cdef bint visible(const Task* t, Py_ssize_t i, int64_t j) noexcept nogil:
-    # The definition, one position at a time: for the rare paths only. i counts from the block's first query.
-    cdef real x
-    if j < t.lo[i] or j >= t.hi[i]:
-        return False
-    if t.mask != NULL and t.mask[(t.q_begin + i)*t.p.mask.row + j*t.p.mask.col] == 0:
-        return False
-    if t.bias != NULL:
-        x = t.bias[(t.q_begin + i)*t.p.bias.row + j*t.p.bias.col]
-        return not (x < -REAL_MAX)
-    return True
+cdef inline int64_t offset(const fastattn_problem* p, const fastattn_array* a, int64_t b, int64_t h,
+                           const int64_t* cu) noexcept nogil:
+    # Of the first row of a batch and head; cu: where the batches of packed rows begin, or NULL.
+    return h*a.head + lead_offset(p, a.lead, b) + (cu[b]*a.row if cu != NULL else 0)
 
 
 cdef void intervals(Task* t, int64_t n_keys) noexcept nogil:
@@ -68,15 +72,20 @@ cdef void intervals(Task* t, int64_t n_keys) noexcept nogil:
     cdef int64_t at, lo, hi
     cdef int64_t first = p.query_offset[t.b] if p.query_offset != NULL else p.offset
     cdef Py_ssize_t i
+    cdef bint past
     t.k_begin = n_keys
     t.k_end = 0
     t.full_begin = 0
     t.full_end = n_keys
     for i in range(t.vectors*VL):
-        at = first + t.q_begin + min(i, t.n_queries - 1)
+        at = t.q_begin + min(i, t.n_queries - 1)
+        if p.rows != NULL:
+            at = p.rows[at]
+        past = p.rows != NULL and p.query_lengths != NULL and at >= p.query_lengths[t.b]
+        at += first
         lo = max(<int64_t>0, at - p.left)
         hi = min(n_keys, at + p.right + 1)
-        if lo >= hi:
+        if lo >= hi or past:
             lo = 0
             hi = 0
         t.lo[i] = lo
@@ -89,7 +98,7 @@ cdef void intervals(Task* t, int64_t n_keys) noexcept nogil:
 
 
 cdef void hide_masked(Task* t, int64_t block, Py_ssize_t n) noexcept nogil:
-    # seen[j] &= the lanes i whose mask[i, j] is not 0. Bytes along keys become bits along lanes: eight rows make a row of
+    # words[j] &= the lanes i whose mask[i, j] is not 0. Bytes along keys become bits along lanes: eight rows make a row of
     # bytes, eight of those a row of words.
     cdef Py_ssize_t row = t.p.mask.row
     cdef Py_ssize_t col = t.p.mask.col
@@ -103,7 +112,7 @@ cdef void hide_masked(Task* t, int64_t block, Py_ssize_t n) noexcept nogil:
     if row == 0:
         for j in range(n):
             if mask[j*col] == 0:
-                t.seen[j] = 0
+                t.words[j] = 0
         return
     memset(octets, 0, sizeof(octets))
     for i in range(t.vectors*VL):
@@ -117,9 +126,21 @@ cdef void hide_masked(Task* t, int64_t block, Py_ssize_t n) noexcept nogil:
         for j in range(n):
             octet[j] |= bit if line[j] != 0 else 0
     for j in range(n):
-        t.seen[j] &= (<uint64_t>octets[0][j] | <uint64_t>octets[1][j] << 8 | <uint64_t>octets[2][j] << 16
-                      | <uint64_t>octets[3][j] << 24 | <uint64_t>octets[4][j] << 32 | <uint64_t>octets[5][j] << 40
-                      | <uint64_t>octets[6][j] << 48 | <uint64_t>octets[7][j] << 56)
+        t.words[j] &= (<uint64_t>octets[0][j] | <uint64_t>octets[1][j] << 8 | <uint64_t>octets[2][j] << 16
+                       | <uint64_t>octets[3][j] << 24 | <uint64_t>octets[4][j] << 32 | <uint64_t>octets[5][j] << 40
+                       | <uint64_t>octets[6][j] << 48 | <uint64_t>octets[7][j] << 56)
+
+
+cdef bint next_block(Task* t, int64_t* block) noexcept nogil:
+    # The first block of keys at or after `block` that a task visits; False behind the last one.
+    cdef const fastattn_tiles* tiles = &t.p.tiles
+    if tiles.first != NULL:
+        while t.tile < t.tile_end and tiles.block[t.tile]*<int64_t>BLOCK < block[0]:
+            t.tile += 1
+        if t.tile == t.tile_end:
+            return False
+        block[0] = tiles.block[t.tile]*<int64_t>BLOCK
+    return block[0] < t.k_end
 
 
 cdef enum Look:
@@ -129,35 +150,76 @@ cdef enum Look:
 
 
 cdef Look look(Task* t, int64_t block, int64_t end) noexcept nogil:
-    # How much of keys [block, end) the lanes see; fills `seen` unless that is all by the intervals alone.
+    # How much of keys [block, end) the lanes see; sets `seen` unless that is all.
+    cdef const fastattn_tiles* tiles = &t.p.tiles
+    cdef const uint64_t* words = NULL
     cdef Py_ssize_t n = end - block
     cdef Py_ssize_t i, j, begin, stop
     cdef bint full = t.full_begin <= block and t.full_end >= end
     cdef uint64_t lanes
     cdef uint64_t some = 0
     cdef uint64_t every = t.lanes
-    if full and t.mask == NULL:
+    if tiles.first != NULL and tiles.word[t.tile] >= 0:
+        words = tiles.words + tiles.word[t.tile]*<int64_t>BLOCK
+    if full and t.mask == NULL and words == NULL:
+        t.some = t.lanes
         return ALL
-    if full:
+    t.seen = t.words
+    if full and t.mask == NULL and t.lanes == ~<uint64_t>0:
+        t.seen = words
+    elif full:
         for j in range(n):
-            t.seen[j] = t.lanes
+            t.words[j] = t.lanes
     else:
         # a bit turns where an interval begins and where it ends
-        memset(t.seen, 0, n*sizeof(uint64_t))
+        memset(t.words, 0, n*sizeof(uint64_t))
         for i in range(t.vectors*VL):
             begin = max(t.lo[i] - block, <int64_t>0)
             stop = min(t.hi[i] - block, <int64_t>n)
             if begin < stop:
-                t.seen[begin] ^= <uint64_t>1 << i
+                t.words[begin] ^= <uint64_t>1 << i
                 if stop < n:
-                    t.seen[stop] ^= <uint64_t>1 << i
+                    t.words[stop] ^= <uint64_t>1 << i
         lanes = 0
         for j in range(n):
-            lanes ^= t.seen[j]
-            t.seen[j] = lanes
+            lanes ^= t.words[j]
+            t.words[j] = lanes
     if t.mask != NULL:
         hide_masked(t, block, n)
+    if words != NULL and t.seen != words:
+        for j in range(n):
+            t.words[j] &= words[j] >> t.tile_shift
     for j in range(n):
         some |= t.seen[j]
         every &= t.seen[j]
+    t.some |= some
     return NOTHING if some == 0 else ALL if every == t.lanes else PART
+
+
+cdef bint biased_away(const Task* t, Py_ssize_t i, int64_t j) noexcept nogil:
+    cdef const fastattn_problem* p = t.p
+    if t.bias == NULL:
+        return False
+    if p.bias_rows != NULL:
+        return t.bias[p.bias_rows[t.q_begin + i] + p.bias_cols[j]] < -REAL_MAX
+    return t.bias[(t.q_begin + i)*p.bias.row + j*p.bias.col] < -REAL_MAX
+
+
+cdef bint sees_any(Task* t, Py_ssize_t i) noexcept nogil:
+    # Whether lane i sees a key, bias included: for the rare row whose weights are all zero.
+    cdef int64_t block = t.k_begin - t.k_begin % BLOCK
+    cdef int64_t end, j
+    cdef Look seen
+    if t.some >> i & 1 == 0:
+        return False
+    if t.bias == NULL:
+        return True
+    t.tile = t.tile_begin
+    while next_block(t, &block):
+        end = min(t.k_end, block + BLOCK)
+        seen = look(t, block, end)
+        for j in range(block, end):
+            if (seen == ALL or (seen == PART and t.seen[j - block] >> i & 1)) and not biased_away(t, i, j):
+                return True
+        block += BLOCK
+    return False
