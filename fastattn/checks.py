@@ -288,7 +288,7 @@ def weights_problem(query, key, *, rows=None, heads=None, reduce=None, **options
         elif p.bias is not None:
             p.bias = _take(p.bias, rows, -2)
         p.L = L = len(rows)
-    if p.plan is not None and (heads is not None or rows is not None):
+    if p.plan is not None and (rows is not None or heads is not None and p.plan.lead[-1:] not in ((), (1,))):
         p.plan = p.plan.take(rows, heads)
     p.chunks = min(CHUNKS, max(1, -(-L // masks.ROWS))) if reduce in ("sum", "max") else CHUNKS
 

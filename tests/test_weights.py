@@ -155,7 +155,7 @@ def definition(query, key, *, mask=None, bias=None, causal=False, window=None,
         spread = np.where(p == 0, 0, p * (abs(np.log(p)) + abs(s - m) + below + 1)).sum(axis=-1)
         relative = relative[..., 0] + (depth + 6) * u
         entropy_error = spread * np.expm1(relative) + 1000 * tiny * visible.sum(axis=-1)
-        most = np.log(wide(max(S, 1))) + S * u
+        most = np.log(wide(S + 1)) + 1
         entropy_error = np.where(np.isfinite(entropy_error), np.minimum(entropy_error, most), most)
 
     exact = Exact(p, error, visible & (s > -INF), entropy, entropy_error)
@@ -297,7 +297,7 @@ each_option = pytest.mark.parametrize("name", OPTIONS)
 
 
 def check_sums(weights, entropy, exact, sinks, context):
-    """Hidden keys weigh nothing; rows sum to 1, next to a sink to less; entropies lie in [0, ln S]."""
+    """Hidden keys weigh nothing; rows sum to 1 and have an entropy of at most ln S; next to a sink they sum to less."""
     some = exact.seen.any(axis=-1)
     assert (weights[~exact.seen] == 0).all() and (entropy[~some] == 0).all(), f"{context}: a hidden key has weight"
     total, slack = weights.astype(EXACT_IN[weights.dtype]).sum(axis=-1), exact.error.sum(axis=-1)
@@ -305,7 +305,7 @@ def check_sums(weights, entropy, exact, sinks, context):
         assert (total <= 1 + slack).all(), f"{context}: a row sums to more than 1"
     else:
         assert_close(total, some.astype(float), slack, context)
-    assert (entropy <= np.log(weights.shape[-1]) + exact.entropy_error).all(), f"{context}: entropy past ln S"
+        assert (entropy <= np.log(weights.shape[-1]) + exact.entropy_error).all(), f"{context}: entropy past ln S"
 
 
 def check_product(query, key, value, weights, exact, options, context):

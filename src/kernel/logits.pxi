@@ -42,7 +42,7 @@ cdef void bias_tile(real* to, int vectors, Py_ssize_t n, const real* bias, Py_ss
     # to[j, i] = bias[i, j]; bias points at the first query and key of the tile. Lanes past the last query read its row: they
     # are never written out.
     cdef v_square t
-    cdef Py_ssize_t j, i, first
+    cdef Py_ssize_t j, i, first, whole
     cdef int g
     cdef vf b
     if row == 0:                        # one value a key, for all queries
@@ -57,14 +57,18 @@ cdef void bias_tile(real* to, int vectors, Py_ssize_t n, const real* bias, Py_ss
             for j in range(n):
                 v_store(to + j*LANES + first, v_load_part(bias + first + j*col, n_queries - first))
             continue
-        # A row at a time into `lines`: rows are often a multiple of 4096 bytes apart, in the same few sets of the cache,
-        # and unaligned vectors read each line twice.
+        # Whole squares where they lie; what is left, a row at a time into `lines`.
+        whole = n//VL*VL if col == 1 and first + VL <= n_queries else 0
+        j = 0
+        while j < whole:
+            v_move_square(bias + first*row + j, row, to + j*LANES + first, LANES)
+            j += VL
         for i in range(VL):
-            j = 0
+            j = whole
             while j < n:
                 v_store(lines + i*BLOCK + j, load_row(bias + min(first + i, n_queries - 1)*row + j*col, col, n - j))
                 j += VL
-        j = 0
+        j = whole
         while j < n:
             if n - j >= VL:
                 v_move_square(lines + j, BLOCK, to + j*LANES + first, LANES)
