@@ -180,6 +180,33 @@ LONG_WINDOW_BYTES = 50e6
 WEIGHTS = Row(1, 8, 4096, 64)
 WEIGHTS_OVER_FORWARD = 1.5
 
+# One query over a cache of at least 64 MB: time of plain loads over the same bytes / time of the call, by (bytes of an
+# element, query heads a key head).
+DECODE_BYTES = 64 << 20
+DECODE_HEADS = 8  # key heads
+DECODE_KINDS = ("float32", "bfloat16", "float16", "int8")
+DECODE_GROUPS = (1, 4, 8)
+DECODE_SIZES = (64, 128)
+DECODE_RATIO = {1: 0.90, 4: 0.90, 8: 0.80}
+DECODE_RATIO_INT8 = {1: 0.80, 4: 0.70, 8: 0.45}
+
+SMALL_DECODE = (1, 8, 512, 64), (8, 12, 128, 64)  # (B, H, S, D), L = 1
+SMALL_OVER_BEST = 1.5
+
+PAGE_SIZES = (16, 64)
+PAGED_OVER_CONTIGUOUS = 1.05
+
+PAIRS_SHARE = {128: 0.87, 64: 0.81}  # of the bfloat16 peak at (1, 8, 2048, D)
+HALF_OVER_BEST_PEER = 1.3
+WIDENED_OVER_FLOAT32 = 0.92
+
+CLIFF = (1, 8, 8192, 64), (1, 8, 8192, 128)  # (B, H, S, D)
+CLIFF_ROWS = range(1, 65)
+CLIFF_STEP = 1.15
+
+APPEND = 64, 8, 128  # sequences, heads, head size
+APPEND_S = 60e-6
+
 
 def packed_lengths(row, rng):
     """B positive lengths that sum to L."""

@@ -260,6 +260,207 @@ def weights(run):
                   stats["sum"].median / stats["forward"].median, " × a forward")
 
 
+def stored(kind):
+    """The NumPy dtype of a kind of storage; None where bfloat16 is not at hand."""
+    if kind != "bfloat16":
+        return np.dtype(kind)
+    try:
+        import ml_dtypes
+    except ImportError:
+        return None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def repeated(shape, dtype, rng):
+    """Normal numbers; the same ones for every head, so that large arrays are made in time."""
+    rows = rng.standard_normal(shape[-2:], dtype=np.float32)
+    out = np.empty(shape, dtype)
+    out[...] = rows
+    return out
+
+
+def largest_error(out, query, key, value):
+    """Against float64, over the largest value; one batch, one query."""
+    exact = fa.reference.attention(*(x.astype(np.float64) for x in (query, key, value)))
+    return float(np.abs(out.astype(np.float64) - exact).max() / np.abs(value.astype(np.float64)).max())
+
+
+def loads(arrays, threads):
+    for array in arrays:
+        _runtime.read_once(array, threads)
+
+
+def decode(run):
+    """One query over a long cache, against plain loads of the same bytes by the same threads."""
+    rng = np.random.default_rng(4)
+    for kind in bench.progress(cases.DECODE_KINDS):
+        for D in cases.DECODE_SIZES:
+            heads = cases.DECODE_HEADS
+            size = 1 if kind == "int8" else 4 if kind == "float32" else 2
+            S = max(cases.DECODE_BYTES // (2 * heads * D * size), 1) if not run.short else 300
+            cache, dtype = None, None
+            if kind == "int8":
+                cache = fa.KVCache(-(-S // 64), 64, heads, D, dtype="int8")
+                rows = repeated((1, heads, S, D), np.float32, rng)
+                cache.append(0, rows, rows)
+                memory = cache._pools.key, cache._pools.value
+            else:
+                dtype = stored(kind)
+                if dtype is None:
+                    yield not_measured(f"decode {kind}, D = {D}", "bytes at the speed of loads", "no ml_dtypes")
+                    continue
+                key, value = memory = [repeated((1, heads, S, D), dtype, rng) for _ in range(2)]
+            for group in cases.DECODE_GROUPS:
+                query = rng.standard_normal((1, heads * group, 1, D), dtype=np.float32)
+                out = np.empty_like(query)
+                what = f"decode {kind}, S = {S}, D = {D}, {group} query heads a key head"
+                if cache is not None:
+                    call = partial(cache.attend, query, [0], out=out)
+                else:
+                    call = partial(fa.attention, query, key, value, out=out)
+                    worst = largest_error(call(), query[:, :group], key[:, :1], value[:, :1]) if run.short else 0
+                    if not worst <= 1e-5:
+                        yield wrong(what, worst)
+                        continue
+                if _runtime.read_once is None or run.short:
+                    continue
+                calls = {"attention": call, "loads": partial(loads, memory, run.threads)}
+                stats = bench.interleave(calls, run.budget)
+                limit = (cases.DECODE_RATIO_INT8 if kind == "int8" else cases.DECODE_RATIO)[group]
+                speed = sum(x.nbytes for x in memory) / stats["attention"].median * 1e-9
+                yield at_least(what, limit, stats["loads"].median / stats["attention"].median, " of the time of loads",
+                               f" ({speed:.3g} GB/s)")
+
+
+def small_decode(run):
+    """One query over a short cache against every peer."""
+    for B, H, S, D in cases.SMALL_DECODE:
+        rng = np.random.default_rng(5)
+        query = rng.standard_normal((B, H, 1, D), dtype=np.float32)
+        key, value = rng.standard_normal((2, B, H, S, D), dtype=np.float32)
+        scale = np.float32(D**-0.5)
+
+        def written_out(query=query, key=key, value=value, scale=scale):
+            scores = np.matmul(query * scale, key.swapaxes(-1, -2))
+            scores -= scores.max(-1, keepdims=True)
+            np.exp(scores, out=scores)
+            scores /= scores.sum(-1, keepdims=True)
+            return scores @ value
+
+        calls = {"fastattn": partial(fa.attention, query, key, value), "numpy": written_out}
+        try:
+            import torch
+            torch.set_num_threads(run.threads)
+            tensors = [torch.from_numpy(x) for x in (query, key, value)]
+            calls["torch"] = partial(torch.nn.functional.scaled_dot_product_attention, *tensors)
+        except ImportError:
+            pass
+        what = f"one query, (B, H, S, D) = {B, H, S, D}"
+        worst = float(np.abs(calls["fastattn"]() - written_out()).max())
+        if not worst <= 1e-5:
+            yield wrong(what, worst)
+            continue
+        stats = bench.interleave(calls, run.budget)
+        best = min((name for name in stats if name != "fastattn"), key=lambda name: stats[name].median)
+        yield at_least(f"{what} against the best peer", cases.SMALL_OVER_BEST,
+                       stats[best].median / stats["fastattn"].median, f" × {best}",
+                       f" ({stats['fastattn'].median * 1e6:.3g} µs)")
+
+
+def paged(run):
+    """A paged cache, its pages in random order, against the same rows in one array."""
+    rng = np.random.default_rng(6)
+    heads = cases.DECODE_HEADS
+    for kind, D in (("float32", 64), ("float32", 128), ("float16", 64), ("float16", 128)):
+        S = cases.DECODE_BYTES // (2 * heads * D * np.dtype(kind).itemsize)
+        key, value = (repeated((1, heads, S, D), np.float32, rng) for _ in range(2))
+        rows = [x.astype(kind) for x in (key, value)]
+        for page in cases.PAGE_SIZES:
+            cache = fa.KVCache(-(-S // page), page, heads, D, dtype=kind)
+            cache._free[:] = rng.permutation(cache.num_pages)
+            cache.append(0, key, value)
+            for group in (1, 4):
+                query = rng.standard_normal((1, heads * group, 1, D), dtype=np.float32)
+                calls = {"paged": partial(cache.attend, query, [0]), "one array": partial(fa.attention, query, *rows)}
+                what = f"{kind}, D = {D}, pages of {page}, {group} query heads a key head"
+                if not (calls["paged"]() == calls["one array"]()).all():
+                    yield wrong(what, 1)
+                    continue
+                stats = bench.interleave(calls, run.budget)
+                yield at_most(f"{what} against one array", cases.PAGED_OVER_CONTIGUOUS,
+                              stats["paged"].median / stats["one array"].median, " ×")
+
+
+def half(run):
+    """bfloat16 and float16: share of the peak of their products, the float32 speed, the peers."""
+    for D in (128, 64):
+        inputs = bench.Row(1, 8, 2048, D).inputs()
+        what = f"1,8,2048,{D}"
+        calls = {"float32": partial(fa.attention, *inputs)}
+        for kind in ("bfloat16", "float16"):
+            if stored(kind) is not None:
+                calls[kind] = partial(fa.attention, *(x.astype(stored(kind)) for x in inputs))
+        peers = {}
+        try:
+            import torch
+            torch.set_num_threads(run.threads)
+            tensors = [torch.from_numpy(x).bfloat16() for x in inputs]
+            peers["torch"] = partial(torch.nn.functional.scaled_dot_product_attention, *tensors)
+
+            def written_out(q=tensors[0], k=tensors[1], v=tensors[2], scale=D**-0.5):
+                return torch.softmax((q @ k.mT) * scale, -1) @ v
+
+            peers["torch, written out"] = written_out
+        except ImportError:
+            pass
+        stats = bench.interleave(calls | peers, run.budget)
+        flop = bench.Row(1, 8, 2048, D).flop
+        peak = _runtime.measure_peak("bfloat16", run.threads) if _runtime.measure_peak else 0
+        if peak and "bfloat16" in calls:
+            peak = statistics.median(_runtime.measure_peak("bfloat16", run.threads) for _ in range(5))
+            yield at_least(f"{what} bfloat16, share of the peak of bfloat16 pairs", 100 * cases.PAIRS_SHARE[D],
+                           100 * flop / stats["bfloat16"].median * 1e-9 / peak, " %", f" of {peak:.0f} GFLOP/s")
+        widened = [kind for kind in ("float16", "bfloat16") if kind in calls and not (peak and kind == "bfloat16")]
+        for kind in widened:
+            yield at_least(f"{what} {kind} against float32", cases.WIDENED_OVER_FLOAT32,
+                           stats["float32"].median / stats[kind].median, " of the speed")
+        for peer in peers:
+            if "bfloat16" in calls:
+                yield at_least(f"{what} bfloat16 against {peer}", cases.HALF_OVER_BEST_PEER,
+                               stats[peer].median / stats["bfloat16"].median, " ×")
+
+
+def cliff(run):
+    """From 1 to 64 rows over a long cache: no row may cost much more than the one before."""
+    for B, H, S, D in cases.CLIFF:
+        rng = np.random.default_rng(7)
+        key, value = rng.standard_normal((2, B, H, S, D), dtype=np.float32)
+        query = rng.standard_normal((B, H, max(cases.CLIFF_ROWS), D), dtype=np.float32)
+        calls = {L: partial(fa.attention, query[:, :, :L], key, value) for L in cases.CLIFF_ROWS}
+        stats = bench.interleave(calls, run.budget * 4)
+        steps = {L: stats[L].median / stats[L - 1].median for L in cases.CLIFF_ROWS if L - 1 in stats}
+        worst = max(steps, key=steps.get)
+        over = sorted(L for L in steps if steps[L] > cases.CLIFF_STEP)
+        yield at_most(f"S = {S}, D = {D}, from L to L + 1 rows, the largest step", cases.CLIFF_STEP, steps[worst],
+                      " × the time", f" (to L = {worst}; past the limit: {over})")
+
+
+def append(run):
+    """One token for each of many sequences."""
+    B, H, D = cases.APPEND
+    rng = np.random.default_rng(8)
+    key, value = rng.standard_normal((2, B, H, 1, D), dtype=np.float32)
+    cache = fa.KVCache(B * 64, 16, H, D)
+    ids = list(range(B))
+    seconds = []
+    for _ in range(1000):
+        begin = time.perf_counter()
+        cache.append(ids, key, value)
+        seconds.append(time.perf_counter() - begin)
+    yield at_most(f"append of one token, {B} sequences, {H} heads, D = {D}, float32", cases.APPEND_S * 1e6,
+                  statistics.median(seconds) * 1e6, " µs", f" (best {min(seconds) * 1e6:.3g})")
+
+
 def tiny(run):
     """One call on almost nothing: what the door costs."""
     records = run.measure(cases.TINY)
@@ -389,9 +590,9 @@ def short(run):
     yield at_least("small problems with right results", len(cases.SHORT_GRID), right)
 
 
-CHECKS = [grid, long, options, window_peers, packed, compiling, weights, float64, tiny, forced, threads, after_matmul,
-          scratch, imports, wheel]
-SHORT_CHECKS = [short, options, scratch, imports]
+CHECKS = [grid, long, options, window_peers, packed, compiling, weights, float64, decode, small_decode, paged, half,
+          cliff, append, tiny, forced, threads, after_matmul, scratch, imports, wheel]
+SHORT_CHECKS = [short, options, decode, scratch, imports]
 
 
 def python(command, folder, **environment):

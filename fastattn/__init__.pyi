@@ -9,10 +9,11 @@ from .attention import attention_weights as attention_weights
 from .attention import varlen_attention as varlen_attention
 from .bias import ALiBi as ALiBi
 from .bias import RelativeBias as RelativeBias
+from .cache import KVCache as KVCache
 from .merge import merge_states as merge_states
 
-__all__ = ["ALiBi", "RelativeBias", "attention", "attention_weights", "get_include", "get_num_threads", "isa",
-           "masks", "merge_states", "positions", "reference", "set_num_threads", "show_config", "threads",
+__all__ = ["ALiBi", "KVCache", "RelativeBias", "attention", "attention_weights", "get_include", "get_num_threads",
+           "isa", "masks", "merge_states", "positions", "reference", "set_num_threads", "show_config", "threads",
            "varlen_attention"]
 
 __version__: str

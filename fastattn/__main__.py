@@ -6,9 +6,10 @@ import numpy as np
 import fastattn as fa
 from fastattn import _runtime
 
-USAGE = """usage: python -m fastattn            print the configuration and check the bound kernel against the reference
-       python -m fastattn demo       sentence search with a real model (needs the extra "demo")
-       python -m fastattn bench      measure this machine against NumPy and every installed peer"""
+USAGE = """usage: python -m fastattn              print the configuration, check the bound kernel against the reference
+       python -m fastattn demo         sentence search with a real model (needs the extra "demo")
+       python -m fastattn demo speech  a recording to text with a real model (needs the extra "speech")
+       python -m fastattn bench        measure this machine against NumPy and every installed peer"""
 
 
 def self_check():
@@ -55,6 +56,9 @@ def main(argv):
         return 0 if good else 1
     command, *rest = argv
     if command == "demo":
+        if rest[:1] == ["speech"]:
+            from fastattn.demos import speech
+            return speech.main(rest[1:])
         from fastattn.demos import sentences
         return sentences.main(rest)
     if command == "bench":

@@ -69,18 +69,27 @@ _dispatch = _load_dispatch()
 available, _isa = _choose()
 plain = None
 measure_peak = None
+read_once = None
+store = None
 
 if _isa == "reference":
     def forward(problem):
         from . import reference
         (reference.forward_weights if problem.reduce else reference.forward)(problem)
 else:
-    _dispatch.bind(*(importlib.import_module(f"{__package__}._kernel_{_isa}_f{bits}").table for bits in (32, 64)))
+    def _table(isa, bits):
+        return importlib.import_module(f"{__package__}._kernel_{isa}_f{bits}").table
+
+    # bfloat16 products come on top of the instruction set they extend
+    _pairs = _table(_isa, 16) if _isa.endswith("_bf16") else None
+    _dispatch.bind(*(_table(_isa.removesuffix("_bf16"), bits) for bits in (32, 64)), _pairs)
     _dispatch.set_process(threading.main_thread().ident, os.cpu_count() or 1)
     os.register_at_fork(after_in_child=_dispatch.after_fork)
     plain = _dispatch.plain
     forward = _dispatch.forward
+    store = _dispatch.store
     measure_peak = _dispatch.measure_peak
+    read_once = _dispatch.read_once
 
     def scratch_bytes(D, Dv, dtype="float32"):
         """Bytes of scratch a thread, with unit-stride and with strided keys."""

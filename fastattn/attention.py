@@ -21,19 +21,19 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
 
     Parameters
     ----------
-    query : array (..., H, L, D), float32 or float64
+    query : array (..., H, L, D), float32, float64, float16 or bfloat16 (of ``ml_dtypes``)
         Up to 8 leading axes, of product B. 3-D arrays have heads and no batch, 2-D arrays neither.
-    key : array (..., Hkv, S, D), query's dtype
+    key : array (..., Hkv, S, D), query's dtype; with float32 queries also float16 or bfloat16
         Hkv divides H; query head h reads key and value head ``h // (H // Hkv)``. The leading axes of the three arrays
         are equal or 1; those of size 1 are broadcast.
-    value : array (..., Hkv, S, Dv), query's dtype
-        Dv may differ from D.
+    value : array (..., Hkv, S, Dv), key's dtype
+        Dv may differ from D. A view of key is read from memory once.
     mask : bool array, expression of `fastattn.masks`, `masks.Plan` or scipy.sparse array (L, S), optional
         True = attend, or nonzero in a sparse array. Arrays broadcast to (..., H, L, S), the leading axes of expressions
         and plans to (..., H). All but bool arrays become tiles of 64 queries x 96 keys; those nobody sees cost nothing.
     bias : array of query's dtype that broadcasts to (..., H, L, S), `ALiBi` or `RelativeBias`, optional
-        Added to the scores. -inf masks the position. The objects are computed from positions j and i + query_offset,
-        with or without causal, and take no L x S memory.
+        With 16-bit queries the array may be float32. Added to the scores. -inf masks the position. The objects are
+        computed from positions j and i + query_offset, with or without causal, and take no L x S memory.
     causal : bool
         Query i sees the keys j <= i + query_offset. With the default offset the last query sees the last key::
 
@@ -61,7 +61,7 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
         Default ``1 / sqrt(D)`` (1 for D = 0).
     softcap : float, optional
         c > 0 replaces each score s by ``c * tanh(s / c)``. Default: none.
-    sinks : array (H,) of query's dtype, optional
+    sinks : array (H,) of query's dtype, or float32 with 16-bit queries, optional
         Logits that join the denominator of their head's softmax and carry no value.
     normalizer : str
         "softmax".
@@ -73,8 +73,11 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
         Filled and returned. It must not overlap an input.
     return_lse : bool
         Return (out, lse).
-    deterministic : bool, optional
-        Either bool changes nothing: the bits of a row never depend on threads, the batch or the other rows.
+    deterministic : bool or "row", optional
+        The bits of a row never depend on threads, the batch, the heads or the other rows, but for one thing: sequences
+        of up to 40 rows (32 of float64) take a path of their own, bound by memory, whose sums over D have another
+        order. "row" sends all by the path for many rows; a row then has the same bits whatever their number. A bool
+        changes nothing.
     num_threads : int, optional
         At most this many threads. Default: what ``get_num_threads()`` says.
 
@@ -82,16 +85,16 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
     -------
     out : ndarray (..., H, L, Dv), query's dtype, 64-byte aligned
         Without the axes that query lacks. A row that sees no key is 0.
-    lse : ndarray (..., H, L), query's dtype
+    lse : ndarray (..., H, L), float64 for float64 queries, else float32
         Only with ``return_lse``: the natural logarithm (nats) of the sum of the exponentials of the final scores, sink
         included. A row that sees no key has -inf, or its sink.
 
     Raises
     ------
     TypeError
-        An argument of the wrong kind: no array, a masked array, a dtype that is not float32 or float64 in native byte
-        order; key, value, bias or sinks of another dtype than query; a mask that is not boolean; lengths, offsets or
-        bounds that are not integers; a bool where a number is wanted; out= that is not an ndarray.
+        An argument of the wrong kind: no array, a masked array, another dtype than those above or not in native byte
+        order; key, value, bias or sinks of a dtype that does not go with query's; a mask that is not boolean; lengths,
+        offsets or bounds that are not integers; a bool where a number is wanted; out= that is not an ndarray.
     ValueError
         A wrong shape or value: axes, heads or sizes that do not fit each other; more than 8 leading axes; lengths
         outside [0, L] or [0, S]; a query_offset outside (-2**60, 2**60); a negative window; scale or softcap not finite
@@ -99,14 +102,16 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
         an unknown normalizer or deterministic; an address or strides that are no multiple of the item size; out= of the
         wrong shape or dtype, read-only, overlapping itself or an input.
     NotImplementedError
-        Options of later versions: other normalizers, dropout_p > 0, ``deterministic="row"``, float16 and bfloat16.
+        Options of later versions: other normalizers, dropout_p > 0.
     MemoryError
         No memory for the result or the scratch.
 
     Notes
     -----
     2 * B * H * L * S * (D + Dv) floating-point operations (4 * B * H * L * S * D if Dv = D), of which about the visible
-    share is done. Scratch is O(D + Dv) tiles a thread, independent of L and S. Sums and softmax are in query's dtype.
+    share is done. Scratch is O(D + Dv) tiles a thread, independent of L and S; few rows take besides 4 (Dv + 128) bytes
+    a row and 2112 keys. Sums and softmax are in float64 for float64, else in float32; 16-bit results are rounded once.
+    With AVX-512 BF16 the products of all-bfloat16 calls take pairs of bfloat16, and weights are rounded to it.
 
     A masked position never contributes: NaN or Inf in its key, value or bias changes nothing. NaN and Inf that are seen
     propagate as IEEE arithmetic has it; a row whose visible scores are all -inf is NaN.
@@ -174,10 +179,10 @@ def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, mask=None
 
     Parameters
     ----------
-    query : array (Tq, H, D), float32 or float64
-    key : array (Tk, Hkv, D), query's dtype
+    query : array (Tq, H, D), float32, float64, float16 or bfloat16
+    key : array (Tk, Hkv, D), query's dtype; with float32 queries also float16 or bfloat16
         Hkv divides H.
-    value : array (Tk, Hkv, Dv), query's dtype
+    value : array (Tk, Hkv, Dv), key's dtype
     cu_seqlens_q, cu_seqlens_k : integers (B + 1,)
         Start at 0, do not decrease, end at Tq and Tk. Empty sequences are fine.
     mask, bias : optional
@@ -195,7 +200,7 @@ def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, mask=None
     Returns
     -------
     out : ndarray (Tq, H, Dv), query's dtype, 64-byte aligned
-    lse : ndarray (Tq, H), query's dtype
+    lse : ndarray (Tq, H), float64 for float64 queries, else float32
         Only with ``return_lse``, in nats.
 
     Raises
@@ -238,8 +243,8 @@ def attention_weights(query, key, *, rows=None, heads=None, reduce=None, mask=No
 
     Parameters
     ----------
-    query : array (..., H, L, D), float32 or float64
-    key : array (..., Hkv, S, D), query's dtype
+    query : array (..., H, L, D), float32, float64, float16 or bfloat16
+    key : array (..., Hkv, S, D), query's dtype; with float32 queries also float16 or bfloat16
     rows, heads : int, slice or integers (n,), optional
         Which queries and which query heads, in this order; the default is all. Chosen rows keep their positions, so
         that causal, window and masks mean what they mean in `attention`.
@@ -257,7 +262,7 @@ def attention_weights(query, key, *, rows=None, heads=None, reduce=None, mask=No
 
     Returns
     -------
-    ndarray, query's dtype, or a pair of ndarrays for top_k
+    ndarray, float64 for float64 queries, else float32, or a pair of ndarrays for top_k
         Rows that see no key have weights and entropy 0. A row with a NaN score is NaN for the keys it sees,
         and its top k are NaN and -1.
 

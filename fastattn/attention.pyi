@@ -14,6 +14,7 @@ _Array: TypeAlias = ArrayLike | _SupportsDLPack
 _Bool: TypeAlias = bool | np.bool_
 _Mask: TypeAlias = _Array | masks.Mask | masks.Plan | masks._SparseArray
 _Bias: TypeAlias = _Array | Bias
+_Deterministic: TypeAlias = _Bool | Literal["row"]
 _Integer: TypeAlias = int | np.integer[Any]
 _Integers: TypeAlias = ArrayLike
 _Number: TypeAlias = float | np.floating[Any] | np.integer[Any]
@@ -29,7 +30,8 @@ def attention(
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[_Real] | None = None,
-    return_lse: Literal[False] = False, deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+    return_lse: Literal[False] = False, deterministic: _Deterministic | None = None,
+    num_threads: _Integer | None = None,
 ) -> NDArray[_Real]: ...
 @overload
 def attention(
@@ -38,7 +40,8 @@ def attention(
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[_Real] | None = None,
-    return_lse: Literal[True], deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+    return_lse: Literal[True], deterministic: _Deterministic | None = None,
+    num_threads: _Integer | None = None,
 ) -> tuple[NDArray[_Real], NDArray[_Real]]: ...
 @overload
 def attention(
@@ -47,7 +50,8 @@ def attention(
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
-    return_lse: Literal[False] = False, deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+    return_lse: Literal[False] = False, deterministic: _Deterministic | None = None,
+    num_threads: _Integer | None = None,
 ) -> NDArray[Any]: ...
 @overload
 def attention(
@@ -56,7 +60,8 @@ def attention(
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
-    return_lse: Literal[True], deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+    return_lse: Literal[True], deterministic: _Deterministic | None = None,
+    num_threads: _Integer | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any]]: ...
 @overload
 def attention(
@@ -65,7 +70,8 @@ def attention(
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
-    return_lse: _Bool = False, deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+    return_lse: _Bool = False, deterministic: _Deterministic | None = None,
+    num_threads: _Integer | None = None,
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
 
 # As of attention; a plan or a sparse mask is of one length and does not fit.
@@ -77,7 +83,8 @@ def varlen_attention(
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[_Real] | None = None,
-    return_lse: Literal[False] = False, deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+    return_lse: Literal[False] = False, deterministic: _Deterministic | None = None,
+    num_threads: _Integer | None = None,
 ) -> NDArray[_Real]: ...
 @overload
 def varlen_attention(
@@ -87,7 +94,8 @@ def varlen_attention(
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[_Real] | None = None,
-    return_lse: Literal[True], deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+    return_lse: Literal[True], deterministic: _Deterministic | None = None,
+    num_threads: _Integer | None = None,
 ) -> tuple[NDArray[_Real], NDArray[_Real]]: ...
 @overload
 def varlen_attention(
@@ -97,7 +105,8 @@ def varlen_attention(
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
-    return_lse: Literal[False] = False, deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+    return_lse: Literal[False] = False, deterministic: _Deterministic | None = None,
+    num_threads: _Integer | None = None,
 ) -> NDArray[Any]: ...
 @overload
 def varlen_attention(
@@ -107,7 +116,8 @@ def varlen_attention(
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
-    return_lse: Literal[True], deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+    return_lse: Literal[True], deterministic: _Deterministic | None = None,
+    num_threads: _Integer | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any]]: ...
 @overload
 def varlen_attention(
@@ -117,7 +127,8 @@ def varlen_attention(
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
-    return_lse: _Bool = False, deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+    return_lse: _Bool = False, deterministic: _Deterministic | None = None,
+    num_threads: _Integer | None = None,
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
 
 # The pair is of the k largest weights of each row and of their keys.
@@ -128,7 +139,8 @@ def attention_weights(
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
-    deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+    deterministic: _Deterministic | None = None,
+    num_threads: _Integer | None = None,
 ) -> NDArray[_Real]: ...
 @overload
 def attention_weights(
@@ -137,7 +149,8 @@ def attention_weights(
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
-    deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+    deterministic: _Deterministic | None = None,
+    num_threads: _Integer | None = None,
 ) -> tuple[NDArray[_Real], NDArray[np.int64]]: ...
 @overload
 def attention_weights(
@@ -146,7 +159,8 @@ def attention_weights(
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
-    deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+    deterministic: _Deterministic | None = None,
+    num_threads: _Integer | None = None,
 ) -> NDArray[Any]: ...
 @overload
 def attention_weights(
@@ -155,5 +169,6 @@ def attention_weights(
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
-    deterministic: _Bool | None = None, num_threads: _Integer | None = None,
+    deterministic: _Deterministic | None = None,
+    num_threads: _Integer | None = None,
 ) -> tuple[NDArray[Any], NDArray[np.int64]]: ...

@@ -16,6 +16,7 @@ from .bias import Bias
 
 FLOAT32 = np.dtype(np.float32)
 FLOAT64 = np.dtype(np.float64)
+FLOAT16 = np.dtype(np.float16)
 BOOL = np.dtype(np.bool_)
 LIMITS = {dtype: (float(np.finfo(dtype).tiny), float(np.finfo(dtype).max)) for dtype in (FLOAT32, FLOAT64)}
 
@@ -32,15 +33,16 @@ class Problem:
     query (*lead, H, L, D), key (*lead, Hkv, S, D), value (*lead, Hkv, S, Dv)
     mask            None or bool (*lead, H, L, S)
     plan            None or a masks.Plan whose lead broadcasts to (*lead, H), instead of a mask
-    bias            None or query's dtype (*lead, H, L, S)
+    bias            None or (*lead, H, L, S) of query's dtype, or float32 with 16-bit queries
     bias_index      None, or contiguous int64 (L,) and (S,): then bias is (H, 1, n), and query i and key j read
                     element bias_index[0][i] + bias_index[1][j] of their head's n
-    sinks           None or contiguous (H,), query's dtype
+    sinks           None or contiguous (H,), float64 with float64 queries, else float32
     left, right     query i, at position p = i + query_offset[b], sees p - left <= j <= p + right; UNBOUNDED = no limit
     query_offset    None without causal and window, else contiguous int64 (B,)
     query_lengths   None or contiguous int64 (B,), in [0, L]
     kv_lengths      None or contiguous int64 (B,), in [0, S]
     scale, softcap  floats; softcap 0.0 = none
+    one_path        True: the bits of a row are those of a call with many rows
     out             (*lead, H, L, Dv), to be filled
     lse             None or (*lead, H, L), to be filled
     num_threads     None or int >= 1
@@ -48,6 +50,7 @@ class Problem:
                     packed rows for every batch by stride 0, batch b is rows cu[b] to cu[b + 1] - 1, and mask and bias
                     are as long as the longest sequence
     L, S            rows and keys; of the longest sequence where they are packed
+    pages           None, or the cache.Pages that hold keys and values; key and value then have but their shapes
     reduce          0 for out, else what of the weights is computed, as in fastattn.h; then value has no columns and
     rows            is None or int64 (L,): the rows that the queries are in positions and query_lengths
     weights         the kernel's result: (*lead, H, L, S), (*lead, H, chunks, S), (*lead, H, L, 1) or (*lead, H, L, k)
@@ -57,8 +60,9 @@ class Problem:
     """
 
     __slots__ = ("query", "key", "value", "mask", "plan", "bias", "bias_index", "sinks", "left", "right",
-                 "query_offset", "query_lengths", "kv_lengths", "scale", "softcap", "out", "lse", "num_threads", "cu_q",
-                 "cu_k", "L", "S", "reduce", "rows", "weights", "indices", "k", "chunks", "returned", "returned_lse")
+                 "query_offset", "query_lengths", "kv_lengths", "scale", "softcap", "one_path", "out", "lse",
+                 "num_threads", "cu_q", "cu_k", "L", "S", "pages", "reduce", "rows", "weights", "indices", "k",
+                 "chunks", "returned", "returned_lse")
 
     def result(self):
         """What the caller gets: out, or (out, lse)."""
@@ -102,17 +106,19 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
     """
     p = Problem()
     p.reduce = p.k = p.chunks = 0
-    p.rows = p.weights = p.indices = None
+    p.rows = p.weights = p.indices = p.pages = None
 
     # --- query, key, value: kind, dtype, layout ---
     query, key, value = _array("query", query), _array("key", key), _array("value", value)
     dtype = query.dtype
-    if dtype != FLOAT32 and dtype != FLOAT64:
-        _refuse_dtype("query", "be float32 or float64 in native byte order", dtype)
-    if key.dtype != dtype:
-        _refuse_dtype("key", f"have query's dtype {dtype}", key.dtype)
-    if value.dtype != dtype:
-        _refuse_dtype("value", f"have query's dtype {dtype}", value.dtype)
+    if dtype != FLOAT32 and dtype != FLOAT64 and not is_half(dtype):
+        raise TypeError(f"query must be float32, float64, float16 or bfloat16 in native byte order, got {dtype}")
+    if key.dtype != dtype and not (dtype == FLOAT32 and is_half(key.dtype)):
+        lower = ", float16 or bfloat16" if dtype == FLOAT32 else ""
+        raise TypeError(f"key must have query's dtype {dtype}{lower}, got {key.dtype}")
+    if value.dtype != key.dtype:
+        raise TypeError(f"value must have key's dtype {key.dtype}, got {value.dtype}")
+    inside = compute_dtype(dtype)
     _check_layout("query", query)
     _check_layout("key", key)
     _check_layout("value", value)
@@ -175,19 +181,19 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
     from_positions = isinstance(bias, Bias)
     if bias is not None and not from_positions:
         bias = _array("bias", bias)
-        if bias.dtype != dtype:
-            raise TypeError(f"bias must have query's dtype {dtype}, got {bias.dtype}")
+        if bias.dtype != dtype and bias.dtype != inside:
+            raise TypeError(f"bias must have query's dtype {_or(dtype, inside)}, got {bias.dtype}")
         _check_layout("bias", bias)
         p.bias = _broadcast("bias", bias, lead + (H, L, S))
         inputs.append(("bias", bias))
     if sinks is not None:
         sinks = _array("sinks", sinks)
-        if sinks.dtype != dtype:
-            raise TypeError(f"sinks must have query's dtype {dtype}, got {sinks.dtype}")
+        if sinks.dtype != dtype and sinks.dtype != inside:
+            raise TypeError(f"sinks must have query's dtype {_or(dtype, inside)}, got {sinks.dtype}")
         if sinks.shape != (H,):
             raise ValueError(f"sinks must have shape ({H},), one for each head of query, got {sinks.shape}")
         _check_layout("sinks", sinks)
-        p.sinks = np.ascontiguousarray(sinks)
+        p.sinks = np.ascontiguousarray(sinks, inside)
         inputs.append(("sinks", sinks))
 
     # --- positions and lengths ---
@@ -206,22 +212,22 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
     p.query_offset = query_offset if windowed else None
     if from_positions:
         sequences = () if packed is None else zip(most_q, most_k)
-        p.bias, p.bias_index = _bias(bias, lead, H, L, S, dtype, query_offset, sequences)
+        p.bias, p.bias_index = _bias(bias, lead, H, L, S, inside, query_offset, sequences)
 
     # --- numbers ---
     if scale is None:
         p.scale = 1.0 / math.sqrt(D) if D else 1.0
     else:
         p.scale = _real("scale", scale)
-        if not abs(p.scale) <= LIMITS[dtype][1]:
-            raise ValueError(f"scale must be finite in {dtype}, got {scale}")
+        if not abs(p.scale) <= LIMITS[inside][1]:
+            raise ValueError(f"scale must be finite in {inside}, got {scale}")
     if softcap is None:
         p.softcap = 0.0
     else:
         p.softcap = _real("softcap", softcap)
-        smallest, largest = LIMITS[dtype]
+        smallest, largest = LIMITS[inside]
         if not smallest <= p.softcap <= largest:  # a denormal cap has no finite reciprocal
-            raise ValueError(f"softcap must be positive, normal and finite in {dtype}, got {softcap}")
+            raise ValueError(f"softcap must be positive, normal and finite in {inside}, got {softcap}")
     # A C int holds it; there are never more tasks than that.
     p.num_threads = None if num_threads is None else min(_integer("num_threads", num_threads, 1), 2**31 - 1)
 
@@ -232,8 +238,7 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
         _check_dropout(dropout_p)
     if seed is not None:
         _integer("seed", seed, 0)
-    if deterministic is not None:
-        _check_deterministic(deterministic)
+    p.one_path = deterministic is not None and _check_deterministic(deterministic)
 
     # --- results ---
     shape = (T, H, Dv) if packed is not None else lead + (H, L, Dv) if rank > 2 else (L, Dv)
@@ -241,7 +246,7 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
         p.returned = p.out = aligned_empty(shape, dtype)
     else:
         p.returned, p.out = out, _check_out(out, shape, dtype, inputs)
-    p.returned_lse = p.lse = aligned_empty(shape[:-1], dtype) if _boolean("return_lse", return_lse) else None
+    p.returned_lse = p.lse = aligned_empty(shape[:-1], inside) if _boolean("return_lse", return_lse) else None
     if packed is not None:
         p.out = _every_batch(p.out, lead)
         p.lse = None if p.lse is None else _every_batch(p.lse, lead)
@@ -293,7 +298,7 @@ def weights_problem(query, key, *, rows=None, heads=None, reduce=None, **options
     p.chunks = min(CHUNKS, max(1, -(-L // masks.ROWS))) if reduce in ("sum", "max") else CHUNKS
 
     shapes = {None: (L, p.S), "sum": (p.chunks, p.S), "max": (p.chunks, p.S), "entropy": (L, 1), "top_k": (L, p.k)}
-    p.weights = np.zeros(lead + (H, *shapes[reduce]), p.query.dtype)
+    p.weights = np.zeros(lead + (H, *shapes[reduce]), compute_dtype(p.query.dtype))
     p.indices = np.full(p.weights.shape, -1, np.int64) if reduce == "top_k" else None
     p.out = p.out[..., :H, :L, :] if rows is None else np.empty(lead + (H, L, 0), p.query.dtype)
     p.returned = (reduce, flat)
@@ -386,10 +391,18 @@ def _array(name, value):
     return array
 
 
-def _refuse_dtype(name, rule, dtype):
-    if dtype.name in ("float16", "bfloat16"):
-        raise NotImplementedError(f"{name} of dtype {dtype.name} is not implemented yet")
-    raise TypeError(f"{name} must {rule}, got {dtype}")
+def is_half(dtype):
+    """Whether it is float16 or bfloat16 in native byte order; the latter is known by its name alone."""
+    return dtype == FLOAT16 or (dtype.name == "bfloat16" and dtype.itemsize == 2)
+
+
+def compute_dtype(dtype):
+    """What sums and softmax of queries of this dtype are computed in: float64 for float64, else float32."""
+    return FLOAT64 if dtype == FLOAT64 else FLOAT32
+
+
+def _or(dtype, other):
+    return f"{dtype}" if dtype == other else f"{dtype} or {other}"
 
 
 def _check_layout(name, array):
@@ -632,6 +645,7 @@ def _check_deterministic(deterministic):
     if isinstance(deterministic, str):
         if deterministic != "row":
             raise ValueError(f"deterministic must be None, a bool or 'row', got {deterministic!r}")
-        raise NotImplementedError("deterministic='row' is not implemented yet")
+        return True
     if not isinstance(deterministic, (bool, np.bool_)):
         raise TypeError(f"deterministic must be None, a bool or 'row', got {type(deterministic).__name__}")
+    return False

@@ -21,22 +21,22 @@ def merge_states(outs, lses):
 
     Parameters
     ----------
-    outs : sequence of arrays (..., L, Dv), or array (N, ..., L, Dv); float32 or float64
+    outs : sequence of arrays (..., L, Dv), or array (N, ..., L, Dv); float32, float64, float16 or bfloat16
         At least one part.
-    lses : sequence of arrays (..., L), or array (N, ..., L); outs' dtype
+    lses : sequence of arrays (..., L), or array (N, ..., L); float64 with float64 outs, else float32
         As ``attention(..., return_lse=True)`` gives them, in nats.
 
     Returns
     -------
     out : ndarray (..., L, Dv), outs' dtype, 64-byte aligned
         0 where all parts have lse -inf, whatever their outs hold.
-    lse : ndarray (..., L), outs' dtype
+    lse : ndarray (..., L), lses' dtype
         -inf where all parts have -inf.
 
     Raises
     ------
     TypeError
-        Something else than arrays, a dtype that is not float32 or float64, different dtypes.
+        Something else than arrays, another dtype than those above, different dtypes.
     ValueError
         No parts, different numbers of outs and lses, shapes that differ or do not fit.
     MemoryError
@@ -74,7 +74,7 @@ def merge_states(outs, lses):
         weights = [np.exp(lse - m) for lse in lses]
         total = np.sum(weights, axis=0)
 
-        out, lse = checks.aligned_empty(shape, dtype), checks.aligned_empty(shape[:-1], dtype)
+        out, lse = checks.aligned_empty(shape, dtype), checks.aligned_empty(shape[:-1], lses[0].dtype)
         lse[...] = m + np.log(total)
         running, term = np.zeros(shape), np.empty(shape)
         for part, part_lse, weight in zip(outs, lses, weights, strict=True):
@@ -93,14 +93,17 @@ def parts(outs, lses):
     if len(lses) != len(outs):
         raise ValueError(f"lses must have one part for each of {len(outs)} outs, got {len(lses)}")
     dtype, shape = outs[0].dtype, outs[0].shape
-    if dtype != checks.FLOAT32 and dtype != checks.FLOAT64:
-        checks._refuse_dtype("outs", "be float32 or float64 in native byte order", dtype)
+    if dtype != checks.FLOAT32 and dtype != checks.FLOAT64 and not checks.is_half(dtype):
+        raise TypeError(f"outs must be float32, float64, float16 or bfloat16 in native byte order, got {dtype}")
     if len(shape) < 2:
         raise ValueError(f"outs must have axes (..., L, Dv), got shape {shape}")
-    for name, arrays, expected, of in (("outs", outs, shape, "the first part's"), ("lses", lses, shape[:-1], "outs'")):
+    inside = checks.compute_dtype(dtype)
+    for name, arrays, wanted, expected, of in (("outs", outs, dtype, shape, "the first part's"),
+                                               ("lses", lses, inside, shape[:-1], "outs'")):
         for n, array in enumerate(arrays):
-            if array.dtype != dtype:
-                raise TypeError(f"{name} must have {of} dtype {dtype}, got {array.dtype} in part {n}")
+            if array.dtype != wanted:
+                whose = of if wanted == dtype else "the"
+                raise TypeError(f"{name} must have {whose} dtype {wanted}, got {array.dtype} in part {n}")
             if array.shape != expected:
                 raise ValueError(f"{name} must have {of} shape {expected}, got {array.shape} in part {n}")
     return outs, lses

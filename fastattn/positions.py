@@ -1,10 +1,15 @@
-"""What positions mean: the numbers that biases computed from positions are made of."""
+"""What positions mean: the numbers that biases computed from positions are made of, and rotary embeddings."""
 
 import functools
 import math
 import numbers
+from typing import NamedTuple
 
 import numpy as np
+
+from . import checks  # which imports this module by way of bias: nothing of it is used before a call
+
+ANGLES = 2**16  # that `rotary` computes at a time
 
 
 def alibi_slopes(H):
@@ -104,6 +109,201 @@ def relative_buckets(distance, num_buckets=32, *, bidirectional=True, max_distan
     return bucket + side * (distance > 0) if bidirectional else bucket
 
 
+class Rotary(NamedTuple):
+    """A table for `apply_rotary`: row p has the cosines and sines of the angles by which position p turns its pairs.
+
+    `rotary` makes the usual one. Any other choice of angles is a table too: ``Rotary(cos, sin, interleaved)``.
+
+    Attributes
+    ----------
+    cos, sin : ndarray (length, n), float32
+        For the n pairs of the first 2 n features.
+    interleaved : bool
+        Whether the pairs are (0, 1), (2, 3), ..., else (0, n), (1, n + 1), ...
+    """
+
+    cos: np.ndarray
+    sin: np.ndarray
+    interleaved: bool
+
+
+def rotary(length, dim, *, base=10000.0, interleaved=False, scaling=1.0):
+    """The table of rotary position embeddings: position p turns pair i by the angle p / scaling * base^(-2 i / dim).
+
+    `apply_rotary` turns arrays by it. The scores of turned queries and keys depend on the distance of their positions,
+    not on the positions.
+
+    Parameters
+    ----------
+    length : int
+        Positions 0 to length - 1.
+    dim : int
+        Features that are turned; even. The head size, or less of it.
+    base : float
+        Positive and finite. The slowest pair turns about once in 2 pi base positions.
+    interleaved : bool
+        Pair i is features (2 i, 2 i + 1), as in RoFormer and GPT-J, else (i, i + dim / 2), as in GPT-NeoX and Llama.
+    scaling : float
+        Positive and finite; above 1 it squeezes positions into the range that a model was trained on.
+
+    Returns
+    -------
+    Rotary
+        cos and sin, float32 (length, dim / 2), 64-byte aligned, and interleaved.
+
+    Raises
+    ------
+    TypeError
+        Numbers of another kind, an interleaved that is no bool.
+    ValueError
+        A negative length or dim, an odd dim; base or scaling not positive and finite.
+    MemoryError
+        No memory for the table.
+
+    Notes
+    -----
+    Angles are computed in float64, with an error of about p 2^-52, and rounded once as cosine and sine: to 2^-24 up to
+    millions of positions. 4 length dim bytes.
+
+    References
+    ----------
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021. Scaling: Chen et al., "Extending
+    Context Window of Large Language Models via Positional Interpolation", 2023.
+
+    Examples
+    --------
+    >>> table = rotary(3, 4, base=100.0)
+    >>> table.cos
+    array([[ 1.        ,  1.        ],
+           [ 0.5403023 ,  0.9950042 ],
+           [-0.41614684,  0.9800666 ]], dtype=float32)
+    """
+    length, dim = _count("length", length), _count("dim", dim)
+    if dim % 2:
+        raise ValueError(f"dim must be even, got {dim}")
+    base, scaling = _positive("base", base), _positive("scaling", scaling)
+    interleaved = checks._boolean("interleaved", interleaved)
+    cos, sin = (checks.aligned_empty((length, dim // 2), np.float32) for _ in range(2))
+    frequencies = base ** (-2 * np.arange(dim // 2) / max(dim, 1))
+    rows = max(1, ANGLES // max(dim, 1))  # at a time: float64 takes little memory beside the table
+    for begin in range(0, length, rows):
+        p = np.arange(begin, min(begin + rows, length))
+        angles = (p / scaling)[:, None] * frequencies
+        cos[begin : begin + rows] = np.cos(angles)
+        sin[begin : begin + rows] = np.sin(angles)
+    return Rotary(cos, sin, interleaved)
+
+
+def apply_rotary(x, table, offset=0):
+    """Turn each pair of features of row i by the angles of position i + offset.
+
+        a' = a cos - b sin        b' = b cos + a sin        for the pairs (a, b) of the first 2 n features
+
+    n is the number of columns of the table; features past 2 n are copied.
+
+    Parameters
+    ----------
+    x : array (..., L, D), float32 or float64
+        Queries or keys; D at least 2 n.
+    table : Rotary
+        Of at least offset + L positions.
+    offset : int or integers that broadcast to x.shape[:-2]
+        Position of row 0. Heads are among these axes: for x (B, H, L, D) and one offset for each of B sequences, their
+        shape is (B, 1).
+
+    Returns
+    -------
+    ndarray of x's shape and dtype, 64-byte aligned
+
+    Raises
+    ------
+    TypeError
+        Something else than arrays, a dtype that is not float32 or float64, a table that is no Rotary of two float32
+        arrays and a bool, offsets that are not integers.
+    ValueError
+        Fewer than two axes or than 2 n features; arrays of a table that differ in shape; offsets that do not broadcast,
+        or with positions outside the table.
+    MemoryError
+        No memory for the result.
+
+    Notes
+    -----
+    Computed in x's dtype: within 2^-22 (|a| + |b|) of the exact turn for float32; for float64 2^-24 (|a| + |b|), the
+    rounding of the table. 6 floating-point operations a pair.
+
+    References
+    ----------
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
+
+    Examples
+    --------
+    A continuation has the positions after those of the past:
+
+    >>> x = np.random.default_rng(0).standard_normal((2, 8, 10, 64), np.float32)
+    >>> table = rotary(100, 64)
+    >>> whole, rest = apply_rotary(x, table), apply_rotary(x[:, :, 7:], table, 7)
+    >>> bool((whole[:, :, 7:] == rest).all())
+    True
+
+    The scores of turned rows depend on their distance:
+
+    >>> q, k = np.random.default_rng(0).standard_normal((2, 1, 64))
+    >>> scores = [float((apply_rotary(q, table, p + 5) @ apply_rotary(k, table, p).T)[0, 0]) for p in (0, 90)]
+    >>> round(scores[0] - scores[1], 5)
+    0.0
+    """
+    x = checks._array("x", x)
+    if x.dtype != checks.FLOAT32 and x.dtype != checks.FLOAT64:
+        raise TypeError(f"x must be float32 or float64 in native byte order, got {x.dtype}")
+    if x.ndim < 2:
+        raise ValueError(f"x must have axes (..., L, D), got shape {x.shape}")
+    check_table("table", table)
+    length, n = table.cos.shape
+    L, D = x.shape[-2:]
+    if 2 * n > D:
+        raise ValueError(f"x must have at least the {2 * n} features that table turns, got {D}")
+    if length < L:
+        raise ValueError(f"table must have at least the {L} rows of x, got {length}")
+    if not checks._is_integer(offset):
+        offset = np.array(checks._array("offset", offset))  # a copy is what is checked and used
+    flat = checks._integers("offset", offset, x.shape[:-2], 0, length - L)
+    if np.size(offset) == 1:
+        positions = slice(int(flat[0]), int(flat[0]) + L) if flat.size else slice(L)
+    else:
+        positions = offset.astype(np.int64)[..., None] + np.arange(L)
+    out = checks.aligned_empty(x.shape, x.dtype)
+    rotate(x, table.cos[positions], table.sin[positions], table.interleaved, out)
+    return out
+
+
+def rotate(x, cos, sin, interleaved, out):
+    """`apply_rotary` with the cosines and sines of each row, into ``out``, which shares no memory with ``x``."""
+    n = cos.shape[-1]
+    first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if interleaved else (slice(0, n), slice(n, 2 * n))
+    a, b, a_out, b_out = x[..., first], x[..., second], out[..., first], out[..., second]
+    with np.errstate(all="ignore"):
+        np.multiply(a, cos, out=a_out)
+        a_out -= b * sin
+        np.multiply(b, cos, out=b_out)
+        b_out += a * sin
+    out[..., 2 * n :] = x[..., 2 * n :]
+
+
+def check_table(name, table):
+    """Raise unless ``table`` is a Rotary whose parts fit each other."""
+    if not isinstance(table, Rotary):
+        raise TypeError(f"{name} must be a Rotary, got {type(table).__name__}")
+    for part, array in zip(("cos", "sin"), table):
+        if type(array) is not np.ndarray or array.dtype != checks.FLOAT32:
+            got = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+            raise TypeError(f"{name}.{part} must be a float32 array, got {got}")
+    if table.cos.ndim != 2:
+        raise ValueError(f"{name}.cos must have two axes (length, n), got shape {table.cos.shape}")
+    if table.sin.shape != table.cos.shape:
+        raise ValueError(f"{name}.sin must have cos's shape {table.cos.shape}, got {table.sin.shape}")
+    checks._boolean(f"{name}.interleaved", table.interleaved)
+
+
 def _geometric(n):
     return np.exp2(-8 * np.arange(1, n + 1) / n)
 
@@ -132,3 +332,10 @@ def _count(name, value, low=0):
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
     return int(value)
+
+
+def _positive(name, value):
+    number = checks._real(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return number

@@ -104,7 +104,7 @@ def merge_states(outs, lses):
     (array([[2.]]), array([0.69314718]))
     """
     outs, lses = merge.parts(outs, lses)
-    dtype = outs[0].dtype
+    dtype, lse_dtype = outs[0].dtype, lses[0].dtype
     outs, lses = np.array(outs, np.float64), np.array(lses, np.float64)
     with np.errstate(all="ignore"):
         m = lses.max(axis=0)
@@ -112,7 +112,7 @@ def merge_states(outs, lses):
         weights = np.exp(lses - m)
         total = weights.sum(axis=0)
         out = np.where(lses[..., None] == -np.inf, 0, (weights / total)[..., None] * outs).sum(axis=0)
-        return out.astype(dtype), (m + np.log(total)).astype(dtype)
+        return out.astype(dtype), (m + np.log(total)).astype(lse_dtype)
 
 
 def bias(bias, H, L, S, query_offset=None):
@@ -139,6 +139,9 @@ def bias(bias, H, L, S, query_offset=None):
 
 def forward(problem, dtype=None):
     """Fill `problem.out` and `problem.lse`, computing in `dtype` (float64 unless given, whatever the inputs are)."""
+    if problem.pages is not None:
+        from . import cache
+        problem = cache.dense(problem)
     if problem.cu_q is not None:
         for sequence in problem.sequences():
             forward(sequence, dtype)

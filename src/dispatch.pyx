@@ -47,6 +47,7 @@ cdef enum:
 
 cdef const fastattn_kernel* kernel_f32 = NULL
 cdef const fastattn_kernel* kernel_f64 = NULL
+cdef const fastattn_kernel* kernel_pairs = NULL     # of bfloat16, where the instruction set has such products
 cdef unsigned long main_thread = 0
 cdef int default_threads = 1
 cdef int most_threads = 64
@@ -61,15 +62,20 @@ def supports(str isa):
     return bool(fastattn_supports(isa.encode()))
 
 
-def bind(f32, f64):
-    """Take the tables of the chosen kernel modules."""
-    global kernel_f32, kernel_f64
-    cdef const fastattn_kernel* a = <const fastattn_kernel*>PyCapsule_GetPointer(f32, "fastattn_kernel")
-    cdef const fastattn_kernel* b = <const fastattn_kernel*>PyCapsule_GetPointer(f64, "fastattn_kernel")
-    if a.abi != FASTATTN_ABI or b.abi != FASTATTN_ABI or a.bits != 32 or b.bits != 64:
+cdef const fastattn_kernel* table_of(capsule, int bits) except *:
+    cdef const fastattn_kernel* kernel = <const fastattn_kernel*>PyCapsule_GetPointer(capsule, "fastattn_kernel")
+    if kernel.abi != FASTATTN_ABI or kernel.bits != bits:
         raise ImportError("fastattn's kernels were built from other sources than its dispatch module: install it again")
-    kernel_f32 = a
-    kernel_f64 = b
+    return kernel
+
+
+def bind(f32, f64, pairs=None):
+    """Take the tables of the chosen kernel modules."""
+    global kernel_f32, kernel_f64, kernel_pairs
+    kernel_f32 = table_of(f32, 32)
+    kernel_f64 = table_of(f64, 64)
+    if pairs is not None:
+        kernel_pairs = table_of(pairs, 16)
 
 
 def set_threads(int n):
@@ -195,26 +201,36 @@ cdef void run_threads(Work* work, int n_threads) noexcept nogil:
 
 
 cdef double pairs(const fastattn_problem* p) noexcept nogil:
-    # of queries and keys in all batches
+    # Of queries and keys in all batches and heads. Few queries of a key head take as long as eight more would: what they wait
+    # for are the keys.
+    cdef double extra = 8.0*p.Hkv/p.H
     cdef double n = 0
+    cdef double rows
     cdef int64_t b
     if p.cu_q == NULL:
-        return <double>p.B*p.L*p.S
+        return <double>p.B*p.H*p.S*(p.L + (extra if p.L < 32 else 0))
     for b in range(p.B):
-        n += <double>(p.cu_q[b + 1] - p.cu_q[b])*(p.cu_k[b + 1] - p.cu_k[b])
-    return n
+        rows = <double>(p.cu_q[b + 1] - p.cu_q[b])
+        n += (rows + (extra if 0 < rows < 32 else 0))*(p.cu_k[b + 1] - p.cu_k[b])
+    return n*p.H
+
+
+cdef const fastattn_kernel* kernel_of(int bits) noexcept:
+    return kernel_f64 if bits == 64 else kernel_pairs if bits == 16 else kernel_f32
 
 
 cdef int run(fastattn_problem* p, int n_threads) except -1:
-    cdef const fastattn_kernel* kernel = kernel_f32 if p.bits == 32 else kernel_f64
+    cdef const fastattn_kernel* kernel = kernel_of(p.bits)
     cdef size_t size, total
+    cdef size_t shared = 0
     cdef int64_t n_tasks
     cdef Work work
-    cdef double flops = 2.0*pairs(p)*p.H*(2*p.D if p.reduce else p.D + p.Dv)
+    cdef double flops
     cdef char* scratch
     cdef Watch watch
     if p.B*p.H*p.L == 0:
         return 0
+    flops = 2*pairs(p)*(2*p.D if p.reduce else p.D + p.Dv)
     if n_threads <= 0:
         n_threads = default_threads
     n_threads = 1 if forked else min(n_threads, most_threads)
@@ -223,10 +239,14 @@ cdef int run(fastattn_problem* p, int n_threads) except -1:
     n_tasks = kernel.tasks(p, n_threads)
     n_threads = <int>min(<int64_t>n_threads, n_tasks)
     size = (kernel.scratch(p) + 4095 + 128)//4096*4096 + 64     # not a multiple of 4096 apart: threads would share L1 sets
-    total = size*n_threads
+    shared = (kernel.state(p) + 63)//64*64
+    total = size*n_threads + shared
     scratch = <char*>take(&total)
     if scratch == NULL:
-        raise MemoryError(f"fastattn needs {size} bytes of scratch for each of {n_threads} threads")
+        raise MemoryError(f"fastattn needs {total} bytes of scratch for {n_threads} threads")
+    p.state = scratch
+    if shared > 0:
+        memset(scratch, 0, p.groups*sizeof(int64_t))
     watch.last = 0
     watch.stop = 0
     p.abi = FASTATTN_ABI
@@ -241,7 +261,7 @@ cdef int run(fastattn_problem* p, int n_threads) except -1:
     work.n_tasks = n_tasks
     work.next = 0
     work.idle = 0
-    work.scratch = scratch
+    work.scratch = scratch + shared
     work.size = size
     with nogil:
         if n_threads == 1:
@@ -272,6 +292,16 @@ cdef cnp.ndarray empty(int n_axes, cnp.npy_intp* shape, int typenum):
     return result
 
 
+cdef int kind_of(cnp.ndarray x) noexcept:
+    # checks.py has looked at the dtype; bfloat16 has a number of its own in each process
+    cdef int n = cnp.PyArray_TYPE(x)
+    if n == cnp.NPY_FLOAT32 or n == cnp.NPY_FLOAT64:
+        return FASTATTN_REAL
+    if n == cnp.NPY_FLOAT16:
+        return FASTATTN_F16
+    return FASTATTN_I8 if cnp.PyArray_ITEMSIZE(x) == 1 else FASTATTN_BF16
+
+
 cdef void describe(fastattn_array* a, cnp.ndarray x, int tail, int n_lead) noexcept:
     # Strides of (*lead, head, row, col), or without col (tail = 2); axes that are missing on the left get 0.
     cdef int n = cnp.PyArray_NDIM(x)
@@ -279,6 +309,7 @@ cdef void describe(fastattn_array* a, cnp.ndarray x, int tail, int n_lead) noexc
     cdef cnp.npy_intp size = cnp.PyArray_ITEMSIZE(x)
     cdef int i
     a.data = cnp.PyArray_DATA(x)
+    a.kind = kind_of(x)
     for i in range(n_lead):
         a.lead[i] = strides[i]//size if cnp.PyArray_DIM(x, i) != 1 else 0
     a.col = strides[n - 1]//size if tail == 3 else 1
@@ -385,6 +416,34 @@ cdef void describe_tiles(fastattn_tiles* tiles, plan, int n_lead) except *:
         stride *= lead[n - 1 - i]
 
 
+cdef void describe_pool(fastattn_array* a, cnp.ndarray x) noexcept:
+    # (pages, heads, rows of a page) or (pages, heads, rows, columns): the leading stride is that of a page
+    cdef int n = cnp.PyArray_NDIM(x)
+    cdef cnp.npy_intp* strides = cnp.PyArray_STRIDES(x)
+    cdef cnp.npy_intp size = cnp.PyArray_ITEMSIZE(x)
+    a.data = cnp.PyArray_DATA(x)
+    a.kind = kind_of(x)
+    a.lead[0] = strides[0]//size
+    a.head = strides[1]//size
+    a.row = strides[2]//size
+    a.col = strides[3]//size if n == 4 else 1
+
+
+cdef void describe_pages(fastattn_problem* p, pages) except *:
+    pools = pages.pools
+    describe_pool(&p.key, pools.key)
+    describe_pool(&p.value, pools.value)
+    if pools.key_scale is not None:
+        describe_pool(&p.key_scale, pools.key_scale)
+        describe_pool(&p.value_scale, pools.value_scale)
+    p.page = cnp.PyArray_DIM(pools.key, 2)
+    p.pages = <const int32_t*>cnp.PyArray_DATA(pages.tables)
+    p.page_stride = cnp.PyArray_DIM(pages.tables, 1)
+    p.page_rows = integers(pages.rows)
+    p.hole_begin = integers(pages.hole_begin)
+    p.hole_end = integers(pages.hole_end)
+
+
 def forward(problem):
     """Fill problem.out and problem.lse (see checks.Problem)."""
     cdef fastattn_problem p
@@ -411,7 +470,8 @@ def forward(problem):
     p.Hkv = cnp.PyArray_DIM(k, n - 3)
     p.S = cnp.PyArray_DIM(k, n - 2)
     p.Dv = cnp.PyArray_DIM(v, n - 1)
-    p.bits = 32 if cnp.PyArray_TYPE(q) == cnp.NPY_FLOAT32 else 64
+    p.bits = 64 if cnp.PyArray_TYPE(q) == cnp.NPY_FLOAT64 else 32
+    p.one_path = problem.one_path
     p.left = problem.left
     p.right = problem.right
     p.scale = problem.scale
@@ -444,12 +504,54 @@ def forward(problem):
         describe(&p.result, problem.weights, 3, p.n_lead)
         if problem.indices is not None:
             describe(&p.indices, problem.indices, 3, p.n_lead)
+    if problem.pages is not None:
+        describe_pages(&p, problem.pages)
     if cu_q is not None:
         p.cu_q = integers(cu_q)
         p.cu_k = integers(cu_k)
         p.L = problem.L
         p.S = problem.S
+    # Pairs: the products read rows of words, and the scale's sign and size stay out of Q.
+    if (kernel_pairs != NULL and p.query.kind == FASTATTN_BF16 and p.key.kind == FASTATTN_BF16
+            and p.value.kind == FASTATTN_BF16 and p.D % 2 == 0 and 1e-30 < p.scale < 1e30 and not p.reduce):
+        p.bits = 16
     run(&p, 0 if problem.num_threads is None else problem.num_threads)
+
+
+def store(pools, cnp.ndarray slots, cnp.ndarray counts, cnp.ndarray begin, cnp.ndarray key, cnp.ndarray value, rotary):
+    """Write tokens into the pages of a cache; the arguments are those of cache._write, which has checked them."""
+    cdef fastattn_tokens t
+    cdef size_t size
+    cdef void* memory
+    memset(&t, 0, sizeof(t))
+    t.B = cnp.PyArray_DIM(key, 0)
+    t.H = cnp.PyArray_DIM(key, 1)
+    t.L = cnp.PyArray_DIM(key, 2)
+    t.D = cnp.PyArray_DIM(key, 3)
+    t.Dv = cnp.PyArray_DIM(value, 3)
+    describe(&t.key, key, 3, 1)
+    describe(&t.value, value, 3, 1)
+    describe_pool(&t.key_pool, pools.key)
+    describe_pool(&t.value_pool, pools.value)
+    if pools.key_scale is not None:
+        describe_pool(&t.key_scale, pools.key_scale)
+        describe_pool(&t.value_scale, pools.value_scale)
+    t.page = cnp.PyArray_DIM(pools.key, 2)
+    t.slots = integers(slots)
+    t.counts = integers(counts)
+    t.first = integers(begin)
+    if rotary is not None:
+        t.cos = <const float*>cnp.PyArray_DATA(rotary.cos)
+        t.sin = <const float*>cnp.PyArray_DATA(rotary.sin)
+        t.pairs = cnp.PyArray_DIM(rotary.cos, 1)
+        t.interleaved = rotary.interleaved
+    size = (max(t.D, t.Dv) + 64)*sizeof(float)
+    memory = take(&size)
+    if memory == NULL:
+        raise MemoryError(f"fastattn needs {size} bytes of scratch")
+    with nogil:
+        kernel_f32.store(&t, memory)
+    give_back(memory, size)
 
 
 # --- what tests and the bench ask ------------------------------------------------------------------------------------
@@ -475,6 +577,7 @@ def scratch_bytes(int64_t D, int64_t Dv, int bits=32):
     p.Dv = Dv
     p.key.col = 1
     p.value.col = 1
+    p.Hkv = p.H = 1
     a = (kernel_f32 if bits == 32 else kernel_f64).scratch(&p)
     p.key.col = 2
     p.value.col = 2
@@ -496,9 +599,35 @@ cdef double time_peak(const fastattn_kernel* kernel, int64_t rounds, int n_threa
 
 
 def measure_peak(str dtype="float32", int n_threads=1):
-    """GFLOP/s of FMAs that never leave the registers: the bound kernel's vectors, this moment's clock."""
-    cdef const fastattn_kernel* kernel = kernel_f32 if dtype == "float32" else kernel_f64
+    """GFLOP/s of FMAs, or of products of bfloat16 pairs, that never leave the registers: the bound kernel's vectors, this
+    moment's clock; 0 where there are none."""
+    cdef const fastattn_kernel* kernel = kernel_of(64 if dtype == "float64" else 16 if dtype == "bfloat16" else 32)
     cdef double best
+    if kernel == NULL:          # no products of pairs
+        return 0.0
     with nogil:
         best = time_peak(kernel, 400000, n_threads)
     return best
+
+
+cdef double read_chunks(const char* data, int64_t n, int n_threads) noexcept nogil:
+    cdef int64_t chunk = 1 << 20
+    cdef int64_t i
+    cdef double sink = 0
+    cdef fastattn_place place
+    fastattn_caller(&place)
+    with parallel(num_threads=n_threads):
+        fastattn_keep_off(&place)
+        for i in prange((n + chunk - 1)//chunk, schedule="dynamic", chunksize=1):
+            sink += kernel_f32.read(data + i*chunk, min(chunk, n - i*chunk))
+    return sink
+
+
+def read_once(cnp.ndarray x, int n_threads=1):
+    """Load every byte of a contiguous array with the bound kernel's vectors, on n threads: the limit of decoding."""
+    cdef const char* data = <const char*>cnp.PyArray_DATA(x)
+    cdef int64_t n = cnp.PyArray_NBYTES(x)
+    cdef double sink
+    with nogil:
+        sink = read_chunks(data, n, n_threads)
+    return sink

@@ -2,7 +2,8 @@
  *
  * Sizes are counts, strides are in elements (bytes for the mask, whose elements are bytes), a stride of 0 broadcasts.
  * The batch is up to FASTATTN_LEAD leading axes; every array brings a stride for each of them.
- * `real` below is float or double, as `bits` says.
+ * `real` below is double where `bits` is 64, else float: all sums and the softmax are in it. Arrays of a narrower kind are
+ * widened when they are read and rounded to nearest, ties to even, when they are written.
  */
 #ifndef FASTATTN_H
 #define FASTATTN_H
@@ -10,14 +11,23 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FASTATTN_ABI 2
+#define FASTATTN_ABI 3
 #define FASTATTN_LEAD 8
 #define FASTATTN_UNBOUNDED ((int64_t)1 << 61)
+
+/* How the elements of an array are stored. */
+enum {
+    FASTATTN_REAL,
+    FASTATTN_F16,                   /* IEEE binary16 */
+    FASTATTN_BF16,                  /* the upper half of a binary32 */
+    FASTATTN_I8,                    /* integers, times the scale of their row: key and value only */
+};
 
 typedef struct {
     void *data;                     /* NULL: the array is not given */
     int64_t lead[FASTATTN_LEAD];    /* strides of the leading axes */
     int64_t head, row, col;
+    int32_t kind;
 } fastattn_array;
 
 /* A mask as tiles of FASTATTN_TILE_ROWS queries x FASTATTN_TILE_KEYS keys. Lists of tiles, one for each batch and head or shared
@@ -43,7 +53,9 @@ enum {
 };
 
 typedef struct {
-    int32_t abi, bits;
+    int32_t abi;
+    int32_t bits;                   /* 64, 32, or 16: float32 whose products take pairs of bfloat16; then query, key and value
+                                     * are FASTATTN_BF16, D is even and scale > 0 */
     int32_t n_lead;
     int64_t lead[FASTATTN_LEAD];    /* leading sizes; their product is B */
     int64_t B, H, Hkv, L, S, D, Dv;
@@ -60,33 +72,60 @@ typedef struct {
     const void *sinks;              /* (H,) real; optional */
     const int64_t *cu_q, *cu_k;     /* (B + 1,): batch b is rows cu[b] to cu[b + 1] - 1 of packed arrays, whose leading strides
                                      * are 0, and L and S are the longest; NULL: arrays of L and S rows */
+    const int32_t *pages;           /* paged keys and values: key j of batch b is row j % page of page table[j / page], where
+                                     * table = pages + page_rows[b] * page_stride; lead[0] of key and value is the stride of a
+                                     * page. Negative numbers: pages without visible keys. NULL: not paged */
+    const int64_t *page_rows;       /* (B,) */
+    int64_t page, page_stride;
+    fastattn_array key_scale, value_scale;      /* of FASTATTN_I8: (B, Hkv, S) float32; strides as key's, paged as key is */
+    const int64_t *hole_begin, *hole_end;       /* (B,): keys in [begin, end) are seen by nobody; NULL: none */
     const int64_t *query_offset;    /* (B,); NULL stands for `offset` */
     int64_t offset;
     const int64_t *query_lengths;   /* (B,); NULL stands for L */
     const int64_t *kv_lengths;      /* (B,); NULL stands for S */
     int64_t left, right;            /* row i sees p - left <= j <= p + right, p = i + query_offset */
     double scale, softcap;          /* softcap 0: none */
+    int32_t one_path;               /* the same bits whatever the number of rows: never the path for few of them */
     int32_t reduce;                 /* what to compute: FASTATTN_OUTPUT, or of the weights ... */
     int64_t k;                      /* largest weights of a row, for FASTATTN_TOP_K */
     int64_t chunks;                 /* parts of the rows that are summed apart */
     const int64_t *rows;            /* (L,) the row that each query is in positions and query_lengths; NULL: its index */
     fastattn_array result;          /* of the weights: see the enum; the last axis contiguous */
     fastattn_array indices;         /* (B, H, L, k) int64 */
+    int64_t blocks, splits, batch_tasks, groups, record;    /* set by `tasks`: how the problem is cut, see tasks.pxi */
+    void *state;                    /* what `state` asks for; its first groups * 8 bytes 0 */
     volatile int *stop;             /* set to nonzero to abandon the call; may be NULL */
     void (*poll)(void *);           /* called now and then by the calling thread; may be NULL */
     void *poll_data;
 } fastattn_problem;
 
+/* New tokens of a cache: keys and values (B, H, L, .) into the pages of pools, whose leading stride is that of a page. */
+typedef struct {
+    int64_t B, H, L, D, Dv, page;
+    fastattn_array key, value;
+    fastattn_array key_pool, value_pool;
+    fastattn_array key_scale, value_scale;      /* float32, of pools of FASTATTN_I8 */
+    const int64_t *slots;           /* page number * page + place of each token that counts, batch by batch */
+    const int64_t *counts;          /* (B,) tokens that count; NULL: L */
+    const int64_t *first;           /* (B,) position of token 0 */
+    const float *cos, *sin;         /* (positions, pairs): rotary embedding of the keys */
+    int64_t pairs;                  /* 0: none */
+    int32_t interleaved;            /* pairs are features (2 i, 2 i + 1), else (i, i + pairs) */
+} fastattn_tokens;
+
 typedef struct {
     int32_t abi, bits;
     int64_t lanes;                                                  /* queries of the widest block */
     int64_t vector;                                                 /* queries of a vector */
-    int64_t (*tasks)(const fastattn_problem *, int64_t threads);    /* number of independent tasks */
+    int64_t (*tasks)(fastattn_problem *, int64_t threads);          /* cuts the problem: the number of independent tasks */
+    size_t (*state)(const fastattn_problem *);                      /* bytes that the tasks share, once it is cut; may be 0 */
     size_t (*scratch)(const fastattn_problem *);                    /* bytes a thread needs, 64-byte aligned */
     void (*run)(const fastattn_problem *, int64_t n_tasks, int64_t task, int32_t caller, void *scratch);
+    void (*store)(const fastattn_tokens *, void *memory);           /* memory: 64 + max(D, Dv) reals */
     void (*exp2)(const void *x, void *y, int64_t n);                /* the kernel's own exponential, for its test */
     void (*tanh)(const void *x, void *y, int64_t n);
     double (*peak)(int64_t rounds);                                 /* floating-point operations done, all in registers */
+    double (*read)(const void *, int64_t bytes);                    /* loads them all: what decoding is measured against */
 } fastattn_kernel;
 
 #endif

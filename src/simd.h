@@ -3,6 +3,8 @@
  * A build of the kernel chooses with two macros, and this file is the only place that looks at them:
  *     FASTATTN_BITS   32 or 64, the precision of `real`
  *     FASTATTN_VECTOR 64, 32 or 16, bytes of a vector; meson.build passes it beside the flags of the instruction set
+ * and a third where the instruction set has it:
+ *     FASTATTN_PAIRS  products take pairs of bfloat16: a word of 32 bits is two of them wherever a product reads
  * `vf` is a vector of VL reals. Everything is written with the vector extensions of GCC and Clang; intrinsics appear
  * where the generic form compiles to something slower (each is marked with the reason).
  *
@@ -29,9 +31,19 @@
 #if FASTATTN_VECTOR == 32 && !(defined(__AVX2__) && defined(__FMA__))
 #error "32-byte vectors need AVX2 and FMA: meson.build passed the wrong flags"
 #endif
+#if FASTATTN_VECTOR == 32 && !defined(__F16C__)
+#error "32-byte vectors need F16C: meson.build passed the wrong flags"
+#endif
+#ifdef FASTATTN_PAIRS
+#if FASTATTN_VECTOR != 64 || FASTATTN_BITS != 32 || !defined(__AVX512BF16__)
+#error "pairs of bfloat16 need AVX-512 BF16: meson.build passed the wrong flags"
+#endif
+#endif
 #if FASTATTN_VECTOR >= 32
 #include <immintrin.h>
 #endif
+
+#include "fastattn.h"
 
 #if FASTATTN_BITS == 32
 typedef float real;
@@ -57,6 +69,10 @@ typedef int64_t real_int;
 #error "FASTATTN_BITS must be 32 or 64"
 #endif
 
+/* Scales of int8 are normal, and 127 of them are finite. */
+#define SMALLEST_SCALE 0x1p-126f
+#define LARGEST_SCALE (0x1.fffffep127f / 127 * 0x1.fffffep-1f)
+
 typedef real vf __attribute__((vector_size(FASTATTN_VECTOR), may_alias));
 typedef real_int vi __attribute__((vector_size(FASTATTN_VECTOR), may_alias));
 typedef struct { vf row[FASTATTN_VECTOR / sizeof(real)]; } v_square;  /* VL x VL values */
@@ -67,6 +83,14 @@ enum {
     VL = FASTATTN_VECTOR / sizeof(real),
     LANES = FASTATTN_BITS == 32 ? 64 : 32,      /* queries of a block: one tile row is 256 bytes in either precision */
     BLOCK_VECTORS = LANES / VL,
+    /* elements in a word of the products' operands */
+#ifdef FASTATTN_PAIRS
+    WORD = 2,
+#else
+    WORD = 1,
+#endif
+    /* Few rows: sums over lanes are taken of this many vectors at once, all accumulators in registers. */
+    SUMS = FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32 ? 16 : 8,
     /* A sum over the head size goes in one chain up to DEPTH_WHOLE, in chains of DEPTH past it. Where product and sum are
      * rounded apart, shorter chains make up for it. */
 #if FASTATTN_VECTOR >= 32 || defined(__FMA__) || defined(__aarch64__)
@@ -87,11 +111,11 @@ enum {
 V_INLINE int bits_count(uint64_t x) { return __builtin_popcountll(x); }
 V_INLINE int bits_first(uint64_t x) { return __builtin_ctzll(x); }
 
-/* Ask for n reals from p, to be read soon (first level of the cache), or n bytes, to be read later (second level); any
- * address is allowed. */
-V_INLINE void v_fetch_soon(const real *p, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < n; i += 64 / (ptrdiff_t)sizeof(real)) __builtin_prefetch(p + i, 0, 3);
+/* Ask for n bytes from p, to be read soon (first level of the cache) or later (second level); any address is allowed. */
+V_INLINE void v_fetch_soon(const char *p, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 3);
 }
+V_INLINE void v_fetch_line(const char *p) { __builtin_prefetch(p, 0, 3); }
 V_INLINE void v_fetch_later(const char *p, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
@@ -104,6 +128,62 @@ V_INLINE vf v_add(vf a, vf b) { return a + b; }
 V_INLINE vf v_sub(vf a, vf b) { return a - b; }
 V_INLINE vf v_mul(vf a, vf b) { return a * b; }
 V_INLINE vf v_fma(vf a, vf b, vf c) { return a * b + c; }
+
+/* A product or sum that was rounded: it can't be contracted with what follows. */
+V_INLINE vf v_rounded(vf a) {
+#if defined(__x86_64__) && FASTATTN_VECTOR == 64
+    __asm__("" : "+v"(a));
+#elif defined(__x86_64__)
+    __asm__("" : "+x"(a));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(a));
+#else
+    __asm__("" : "+m"(a));
+#endif
+    return a;
+}
+V_INLINE vf v_div(vf a, vf b) { return a / b; }
+/* Nearest integers, ties to even, of |a| < 2^22. */
+V_INLINE vf v_round(vf a) { return (a + v_set1(V_MAGIC)) - v_set1(V_MAGIC); }
+
+/* What a product does with two words: acc + a b, or acc + a0 b0 + a1 b1 of pairs. */
+V_INLINE vf v_dot(vf a, vf b, vf acc) {
+#ifdef FASTATTN_PAIRS
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+    return a * b + acc;
+#endif
+}
+/* The first elements of words. */
+V_INLINE vf v_low(vf a) {
+#ifdef FASTATTN_PAIRS
+    return (vf)_mm512_slli_epi32((__m512i)a, 16);
+#else
+    return a;
+#endif
+}
+/* A word in every lane; rows of pairs lie at any even address. */
+V_INLINE vf v_word(const real *p) {
+#ifdef FASTATTN_PAIRS
+    int32_t word;
+    memcpy(&word, p, sizeof word);
+    return (vf)_mm512_set1_epi32(word);
+#else
+    return v_set1(*p);
+#endif
+}
+/* The words of two keys' weights: pairs, rounded to nearest. Without pairs no caller is left. */
+V_INLINE vf v_pair(vf a, vf b) {
+#ifdef FASTATTN_PAIRS
+    static const uint16_t zip[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    return (vf)_mm512_permutexvar_epi16(_mm512_loadu_si512(zip), both);
+#else
+    (void)b;
+    return a;
+#endif
+}
 
 /* a < b ? x : y, lane by lane; false where a or b is NaN. */
 V_INLINE vf v_where_lt(vf a, vf b, vf x, vf y) {
@@ -246,17 +326,178 @@ V_INLINE void v_store_part(real *p, vf a, ptrdiff_t n) {
 #endif
 }
 
-/* n <= VL values that lie `stride` reals apart. */
-V_INLINE vf v_gather(const real *p, ptrdiff_t stride, ptrdiff_t n) {
+/* --- narrower kinds of storage: widened exactly, rounded to nearest, ties to even --- */
+#if FASTATTN_BITS == 32
+typedef uint32_t v_u32 __attribute__((vector_size(FASTATTN_VECTOR), may_alias));
+typedef uint16_t v_u16 __attribute__((vector_size(FASTATTN_VECTOR / 2), may_alias));
+typedef int8_t v_i8 __attribute__((vector_size(FASTATTN_VECTOR / 4), may_alias));
+
+/* __builtin_convertvector goes by halves for the wider vectors. */
+V_INLINE vf v_from_bf16(v_u16 h) {
+#if FASTATTN_VECTOR == 64
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#elif FASTATTN_VECTOR == 32
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
+#else
+    return (vf)(__builtin_convertvector(h, v_u32) << 16);
+#endif
+}
+V_INLINE vf v_from_i8(v_i8 h) {
+#if FASTATTN_VECTOR == 64
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)h));
+#elif FASTATTN_VECTOR == 32
+    int64_t eight;
+    memcpy(&eight, &h, sizeof eight);
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(eight)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(h, vi), vf);
+#endif
+}
+V_INLINE vf v_from_f16(v_u16 h) {
+#if FASTATTN_VECTOR == 64
+    return (vf)_mm512_cvtph_ps((__m256i)h);
+#elif FASTATTN_VECTOR == 32
+    return (vf)_mm256_cvtph_ps((__m128i)h);
+#else
+    /* Exponents are 112 apart; the product is exact, and right for denormals. Infinities and NaN have all ones. */
+    v_u32 x = __builtin_convertvector(h, v_u32);
+    v_u32 magnitude = (x & 0x7fff) << 13;
+    v_u32 special = (v_u32)((vi)magnitude >= 0x0f800000) & 0x7f800000;
+    return (vf)((v_u32)((vf)magnitude * 0x1p112f) | special | (x & 0x8000) << 16);
+#endif
+}
+V_INLINE v_u16 v_to_bf16(vf a) {
+    v_u32 x = (v_u32)a;
+    v_u32 nan = (v_u32)(a != a);
+    v_u32 rounded = (x + 0x7fff + (x >> 16 & 1)) >> 16;
+    rounded = (rounded & ~nan) | ((x >> 16 | 0x40) & nan);
+#if FASTATTN_VECTOR == 64
+    return (v_u16)_mm512_cvtepi32_epi16((__m512i)rounded);
+#else
+    return __builtin_convertvector(rounded, v_u16);
+#endif
+}
+V_INLINE v_u16 v_to_f16(vf a) {
+#if FASTATTN_VECTOR == 64
+    return (v_u16)_mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif FASTATTN_VECTOR == 32
+    return (v_u16)_mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    v_u32 x = (v_u32)a;
+    v_u32 sign = x >> 16 & 0x8000;
+    v_u32 m = x & 0x7fffffff;
+    v_u32 normal = (m + 0xfff + (m >> 13 & 1) - (112u << 23)) >> 13;
+    /* below 2^-14 the sum with 1/2 has the spacing of float16's denormals, 2^-24, and rounds to it */
+    v_u32 tiny = (v_u32)((vf)m + v_set1(0.5f)) - 0x3f000000;
+    v_u32 is_tiny = (v_u32)((vi)m < 0x38800000), is_inf = (v_u32)((vi)m >= 0x477ff000), is_nan = (v_u32)((vi)m > 0x7f800000);
+    v_u32 r = (tiny & is_tiny) | (normal & ~is_tiny);
+    r = (r & ~is_inf) | (0x7c00 & is_inf);
+    r = (r & ~is_nan) | ((0x7e00 | (m >> 13 & 0x3ff)) & is_nan);
+    return __builtin_convertvector(r | sign, v_u16);
+#endif
+}
+#endif
+
+/* Elements i, i + 1, ... of p[0], .. p[0], p[1], ..., each `times` times: 1, 2, 4 or 8. i is a multiple of VL. */
+V_INLINE vf v_repeat(const float *p, ptrdiff_t i, int times) {
+#if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const int shift = times == 8 ? 3 : times == 4 ? 2 : times == 2 ? 1 : 0;
+    return (vf)_mm512_permutexvar_ps((__m512i)(lane >> shift), _mm512_loadu_ps(p + i / times));
+#else
+    real x[VL];
+    for (int j = 0; j < VL; j++) x[j] = p[(i + j) / times];
+    return v_load(x);
+#endif
+}
+
+/* n integers as codes of int8. */
+V_INLINE void v_store_codes(int8_t *p, vf a, ptrdiff_t n) {
+    real x[VL];
+    v_store(x, a);
+    for (ptrdiff_t i = 0; i < n && i < VL; i++) p[i] = (int8_t)x[i];
+}
+
+V_INLINE ptrdiff_t v_size(int kind) { return kind == FASTATTN_REAL ? (ptrdiff_t)sizeof(real) : kind == FASTATTN_I8 ? 1 : 2; }
+
+/* VL elements from element i on, of any kind, as reals. */
+V_INLINE vf v_load_as(const void *p, ptrdiff_t i, int kind) {
+#if FASTATTN_BITS == 32
+    v_u16 h;
+    v_i8 b;
+    if (kind == FASTATTN_F16) { memcpy(&h, (const uint16_t *)p + i, sizeof h); return v_from_f16(h); }
+    if (kind == FASTATTN_BF16) { memcpy(&h, (const uint16_t *)p + i, sizeof h); return v_from_bf16(h); }
+    if (kind == FASTATTN_I8) { memcpy(&b, (const int8_t *)p + i, sizeof b); return v_from_i8(b); }
+#endif
+    (void)kind;
+    return v_load((const real *)p + i);
+}
+
+/* The first n <= VL of them, zeros behind; nothing past them is read. */
+V_INLINE vf v_load_part_as(const void *p, ptrdiff_t i, ptrdiff_t n, int kind) {
+    if (n >= VL) return v_load_as(p, i, kind);
+#if FASTATTN_BITS == 32
+#if FASTATTN_VECTOR == 64
+    const __mmask16 m = (__mmask16)((1u << n) - 1u);
+    if (kind == FASTATTN_F16) return v_from_f16((v_u16)_mm256_maskz_loadu_epi16(m, (const uint16_t *)p + i));
+    if (kind == FASTATTN_BF16) return v_from_bf16((v_u16)_mm256_maskz_loadu_epi16(m, (const uint16_t *)p + i));
+    if (kind == FASTATTN_I8) return v_from_i8((v_i8)_mm_maskz_loadu_epi8(m, (const int8_t *)p + i));
+#else
+    uint16_t h[VL] = {0};
+    int8_t b[VL] = {0};
+    if (kind == FASTATTN_I8) {
+        for (ptrdiff_t j = 0; j < n; j++) b[j] = ((const int8_t *)p)[i + j];
+        return v_load_as(b, 0, kind);
+    }
+    if (kind != FASTATTN_REAL) {
+        for (ptrdiff_t j = 0; j < n; j++) h[j] = ((const uint16_t *)p)[i + j];
+        return v_load_as(h, 0, kind);
+    }
+#endif
+#endif
+    return v_load_part((const real *)p + i, n);
+}
+
+/* n <= VL elements that lie `stride` elements apart. */
+V_INLINE vf v_gather_as(const void *p, ptrdiff_t i, ptrdiff_t stride, ptrdiff_t n, int kind) {
     real x[VL] = {0};
-    for (ptrdiff_t i = 0; i < n && i < VL; i++) x[i] = p[i * stride];
+    for (ptrdiff_t j = 0; j < n && j < VL; j++) {
+        x[j] = 0;
+        if (kind == FASTATTN_REAL) x[j] = ((const real *)p)[i + j * stride];
+#if FASTATTN_BITS == 32
+        else {
+            const char *at = (const char *)p + (i + j * stride) * v_size(kind);
+            uint16_t h[VL] = {0};
+            int8_t b[VL] = {0};
+            if (kind == FASTATTN_I8) b[0] = *(const int8_t *)at;
+            else memcpy(h, at, sizeof *h);
+            x[j] = v_load_as(kind == FASTATTN_I8 ? (const void *)b : (const void *)h, 0, kind)[0];
+        }
+#endif
+    }
     return v_load(x);
 }
 
-V_INLINE void v_scatter(real *p, ptrdiff_t stride, vf a, ptrdiff_t n) {
-    real x[VL];
+/* n <= VL reals to elements i, i + stride, ... of any kind but I8. */
+V_INLINE void v_store_as(void *p, ptrdiff_t i, ptrdiff_t stride, vf a, ptrdiff_t n, int kind) {
+#if FASTATTN_BITS == 32
+    if (kind != FASTATTN_REAL) {
+        v_u16 h = kind == FASTATTN_F16 ? v_to_f16(a) : v_to_bf16(a);
+        uint16_t *to = (uint16_t *)p + i, x[VL];
+        if (stride == 1 && n >= VL) { memcpy(to, &h, sizeof h); return; }
+#if FASTATTN_VECTOR == 64
+        if (stride == 1) { _mm256_mask_storeu_epi16(to, (__mmask16)((1u << n) - 1u), (__m256i)h); return; }
+#endif
+        memcpy(x, &h, sizeof h);
+        for (ptrdiff_t j = 0; j < n && j < VL; j++) to[j * stride] = x[j];
+        return;
+    }
+#endif
+    (void)kind;
+    real *to = (real *)p + i, x[VL];
+    if (stride == 1) { v_store_part(to, a, n); return; }
     v_store(x, a);
-    for (ptrdiff_t i = 0; i < n && i < VL; i++) p[i * stride] = x[i];
+    for (ptrdiff_t j = 0; j < n && j < VL; j++) to[j * stride] = x[j];
 }
 
 /* Transpose: log2(VL) rounds of interleaving row i with row i + VL/2 carry every bit of the row number into the lane
@@ -297,6 +538,45 @@ V_INLINE void v_transpose(v_square *t) {
         }
         *t = u;
     }
+}
+
+/* Lane i = the sum of the lanes of x[i], for VL vectors: each round adds halves and joins the results of two vectors, so VL
+ * sums take VL - 1 additions. The order of a sum does not depend on i. */
+#define V_LIST(...) __VA_ARGS__
+#define V_SHUFFLE_(a, b, ...) V_SHUFFLE(a, b, __VA_ARGS__)
+#define V_FOLD(a, b, low, high) (V_SHUFFLE_(a, b, V_LIST low) + V_SHUFFLE_(a, b, V_LIST high))
+V_INLINE vf v_sums(vf *x) {
+#if FASTATTN_VECTOR / (FASTATTN_BITS / 8) == 16
+#define FOLD_8(a, b) V_FOLD(a, b, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23), \
+                             (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#define FOLD_4(a, b) V_FOLD(a, b, (0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27), \
+                             (4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31))
+#define FOLD_2(a, b) V_FOLD(a, b, (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29), \
+                             (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+#define FOLD_1(a, b) V_FOLD(a, b, (0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30), \
+                             (1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31))
+    vf y[8], z[4];
+    for (int i = 0; i < 4; i++) {
+        y[i] = FOLD_8(x[i], x[i + 4]);
+        y[i + 4] = FOLD_8(x[i + 8], x[i + 12]);
+    }
+    for (int i = 0; i < 4; i++) z[i] = FOLD_4(y[i], y[i + 4]);
+    return FOLD_1(FOLD_2(z[0], z[1]), FOLD_2(z[2], z[3]));
+#elif FASTATTN_VECTOR / (FASTATTN_BITS / 8) == 8
+#define FOLD_4(a, b) V_FOLD(a, b, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
+#define FOLD_2(a, b) V_FOLD(a, b, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15))
+#define FOLD_1(a, b) V_FOLD(a, b, (0, 2, 8, 10, 4, 6, 12, 14), (1, 3, 9, 11, 5, 7, 13, 15))
+    vf z[4];
+    for (int i = 0; i < 4; i++) z[i] = FOLD_4(x[i], x[i + 4]);
+    return FOLD_1(FOLD_2(z[0], z[1]), FOLD_2(z[2], z[3]));
+#elif FASTATTN_VECTOR / (FASTATTN_BITS / 8) == 4
+#define FOLD_2(a, b) V_FOLD(a, b, (0, 1, 4, 5), (2, 3, 6, 7))
+#define FOLD_1(a, b) V_FOLD(a, b, (0, 2, 4, 6), (1, 3, 5, 7))
+    return FOLD_1(FOLD_2(x[0], x[1]), FOLD_2(x[2], x[3]));
+#else
+#define FOLD_1(a, b) V_FOLD(a, b, (0, 2), (1, 3))
+    return FOLD_1(x[0], x[1]);
+#endif
 }
 
 /* to[j][i] = from[i][j] for VL x VL values, rows `from_row` and `to_row` apart; all in registers. */

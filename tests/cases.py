@@ -14,13 +14,37 @@ UNIT_ROUNDOFF = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float64): 2.0**-53}
 EXACT_IN = {np.dtype(np.float32): np.float64, np.dtype(np.float64): np.longdouble}  # arithmetic that counts as exact
 EXP_ULP = 1  # E: largest error of exp
 KEY_BLOCK = 96  # keys summed from zero before they join the running sum
+SPLIT = 2112  # keys of few rows that are summed apart and then merged
 FLOAT64_STANDARD = 5e-16  # float64 on the standard shapes: error relative to sum p|v|
+DIGITS = {"float16": (11, -14), "bfloat16": (8, -126)}  # bits of precision and exponent of the smallest normal number
+
+FEW, FEW_FLOAT64 = 40, 32  # the largest number of rows that go the way of few
+
+# Products of bfloat16 pairs, for many rows: weights are rounded to bfloat16; a denormal operand or sum counts as 0.
+PAIRS_ISA = "avx512_bf16"
+PAIRS_ROUNDOFF, PAIRS_TINY = 2.0**-8, 2.0**-126
 
 
 def inputs(rng, lead, H, Hkv, L, S, D, Dv, dtype=np.float32):
     """Standard normal query (*lead, H, L, D), key (*lead, Hkv, S, D) and value (*lead, Hkv, S, Dv)."""
     shapes = (*lead, H, L, D), (*lead, Hkv, S, D), (*lead, Hkv, S, Dv)
     return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
+
+
+def ulp(x, dtype):
+    """The spacing of a 16-bit dtype's numbers at |x|, that of its denormal numbers included."""
+    digits, smallest = DIGITS[np.dtype(dtype).name]
+    _, exponent = np.frexp(np.maximum(np.abs(np.asarray(x, np.float64)), 2.0**smallest))
+    return np.ldexp(1.0, exponent - digits)
+
+
+def takes_pairs(problem, batch):
+    """Whether the rows of this batch are multiplied in pairs of bfloat16."""
+    if fa.isa() != PAIRS_ISA or problem.reduce or problem.query.shape[-1] % 2 or not 1e-30 < problem.scale < 1e30:
+        return False
+    rows = problem.L if problem.query_lengths is None else min(problem.L, problem.query_lengths[batch])
+    names = {array.dtype.name for array in (problem.query, problem.key, problem.value)}
+    return names == {"bfloat16"} and (rows > FEW or problem.one_path)
 
 
 class Bound(NamedTuple):
@@ -34,7 +58,7 @@ class Bound(NamedTuple):
 def exact(query, key, value, **options):
     """(out, lse) by the reference in wider arithmetic, not rounded to query's dtype."""
     problem = copy.copy(checks.problem(query, key, value, **options))
-    wide = EXACT_IN[problem.query.dtype]
+    wide = EXACT_IN[checks.compute_dtype(problem.query.dtype)]
     problem.out = np.full(problem.out.shape, np.nan, wide)
     problem.lse = np.full(problem.out.shape[:-1], np.nan, wide)
     reference.forward(problem, wide)
@@ -43,7 +67,7 @@ def exact(query, key, value, **options):
 
 
 def bound(query, key, value, **options):
-    """The a-priori `Bound` of these arguments computed in query's dtype, of unit roundoff u:
+    """The a-priori `Bound` of these arguments, computed in float64 for float64 queries, else float32, of roundoff u:
 
         |out - exact| <= sum_k p_k |v_k| (2 max_k delta_k + (2 E + 2 + c) u)
         |lse - exact| <= max_k delta_k + (2 E + 2 + c) u + 4 u (|m| + |log l|)
@@ -51,14 +75,21 @@ def bound(query, key, value, **options):
 
     over the visible keys and the sink. delta_k is the error of s_k - m: of the dot product, the scale and the sum with
     the bias; of the few operations of the softcap, whose derivative is at most 1; of the subtraction. c is the depth of
-    the sum: a block of keys, then a term for each block. Denormal weights and products have an absolute error.
+    the sum: a block of keys, then a term for each block; where few rows have their keys split, a weight and a sum more
+    for each split. Denormal weights and products have an absolute error.
+
+    Inputs of 16 bits count as they are: they are widened exactly. What is written in 16 bits is rounded once more, by
+    half an ulp of its dtype at the computed number; no mean of values rounds past the largest of them. Products of
+    bfloat16 pairs take weights rounded to bfloat16, which adds 2^-8 sum_k p_k |v_k|, and lose what is denormal.
     """
     problem = checks.problem(query, key, value, **options)
-    u = UNIT_ROUNDOFF[problem.query.dtype]
-    denormal = float(np.finfo(problem.query.dtype).smallest_subnormal)
+    inside = checks.compute_dtype(problem.query.dtype)
+    u = UNIT_ROUNDOFF[inside]
     S, D = problem.key.shape[-2:]
     gamma = (D + 2) * u / (1 - (D + 2) * u)
     sums = (2 * EXP_ULP + 2 + KEY_BLOCK + -(-S // KEY_BLOCK)) * u
+    if S > SPLIT:
+        sums += (2 * EXP_ULP + 2 + -(-S // SPLIT)) * u
 
     magnitude = np.empty(problem.out.shape)
     out, lse = np.empty(magnitude.shape), np.empty(magnitude.shape[:-1])
@@ -68,8 +99,11 @@ def bound(query, key, value, **options):
             sink = reference.sink(problem, head, np.float64)
             weights, m, total = reference.softmax(scores, visible, sink)
             q, k = abs(problem.query[head].astype(np.float64)), abs(problem.key[kv_head].astype(np.float64))
-            v = abs(problem.value[kv_head].astype(np.float64))
+            values = problem.value[kv_head].astype(np.float64)
+            v = abs(values)
             bias = 0 if problem.bias is None else problem.bias_of(head).astype(np.float64)
+            pairs = takes_pairs(problem, batch)
+            denormal = PAIRS_TINY if pairs else float(np.finfo(inside).smallest_subnormal)
 
             products = abs(problem.scale) * (q @ k.T)
             if problem.softcap:
@@ -77,6 +111,12 @@ def bound(query, key, value, **options):
             delta = gamma * (products + abs(bias)) + u * abs(scores - m[:, None])
             if problem.softcap:
                 delta += 4 * u * abs(scores - bias)
+            if pairs:
+                lost_q, lost_k = (np.where(x < PAIRS_TINY, x, 0) for x in (q, k))
+                lost = D * PAIRS_TINY
+                if lost_q.any() or lost_k.any():
+                    lost = lost + lost_q @ k.T + q @ lost_k.T
+                delta += abs(problem.scale) * lost
             # A logit of -inf weighs exactly 0.
             worst = delta.max(axis=1, initial=0, where=visible & (scores != -np.inf))
             if sink is not None and sink != -np.inf:
@@ -84,6 +124,15 @@ def bound(query, key, value, **options):
             magnitude[head] = reference.weighted_sum(weights, visible, v)
             tiny = denormal * (reference.weighted_sum(visible.astype(float), visible, v) + visible.sum(axis=1)[:, None])
             out[head] = magnitude[head] * (2 * worst + sums)[:, None] + tiny
+            if pairs:
+                out[head] += magnitude[head] * PAIRS_ROUNDOFF * (1 + 2 * worst + sums)[:, None]
+                out[head] += reference.weighted_sum(weights, visible, np.where(v < PAIRS_TINY, v, 0))
+            if problem.out.dtype.name in DIGITS:
+                # Past a power of two the spacing doubles, but what lies just past it is rounded back to it.
+                size, error = abs(reference.weighted_sum(weights, visible, values)), out[head]
+                below, above = (ulp(np.where(np.isfinite(x), x, 0), problem.out.dtype) / 2
+                                for x in (size, size + error))
+                out[head] = error + np.maximum(below, np.minimum(above, error))
             lse[head] = worst + sums + 4 * u * (abs(m) + abs(np.log(total)))
     shape = problem.returned.shape
     return Bound(out.reshape(shape), lse.reshape(shape[:-1]), magnitude.reshape(shape))
@@ -97,6 +146,8 @@ def assert_close(actual, exact, bound, context):
     context = {"isa": fa.isa(), **context}
     where = ", ".join(f"{name}={value}" for name, value in context.items())
     actual, exact = np.asarray(actual), np.asarray(exact)
+    if actual.dtype.name in DIGITS:
+        actual = actual.astype(np.float64)
     assert actual.shape == exact.shape, f"{where}: shape {actual.shape}, exact {exact.shape}"
     bound = np.broadcast_to(bound, exact.shape)
     with np.errstate(all="ignore"):

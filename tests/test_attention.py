@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from cases import UNIT_ROUNDOFF, assert_close, bound, exact, inputs
+from cases import FEW, PAIRS_ISA, UNIT_ROUNDOFF, assert_close, bound, exact, inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import BROADCASTS, LAYOUTS, assert_same_bits
@@ -52,12 +52,13 @@ def told(arrays, options, seed, **more):
 
 
 def check(arrays, options, context, out=None):
-    """out and lse under the bound; without lse, into `out`, or as a plain call: the same bits; inputs not modified."""
+    """out and lse under the bound, by either path; without lse, into `out` or as a plain call the same bits; inputs not
+    modified."""
     given_arrays = [*arrays, *(option for option in options.values() if isinstance(option, np.ndarray))]
     before = [array.tobytes() for array in given_arrays]
 
     result, lse = fa.attention(*arrays, return_lse=True, **options)
-    assert result.dtype == lse.dtype == arrays[0].dtype
+    assert result.dtype == arrays[0].dtype and lse.dtype == checks.compute_dtype(result.dtype)
     true, true_lse = exact(*arrays, **options)
     allowed = bound(*arrays, **options)
     assert_close(result, true, allowed.out, context)
@@ -71,6 +72,16 @@ def check(arrays, options, context, out=None):
     assert_same_bits(out[finite], result[finite], {**context, "call": "out="})
     plain = fa.attention(*arrays, **options)
     assert_same_bits(plain[finite], result[finite], {**context, "call": "without lse"})
+
+    # Few rows go their own way; here the way of many.
+    if result.shape[-2] <= FEW or "query_lengths" in options:
+        options = {**options, "deterministic": "row"}
+        context = {**context, "call": "by the path of many rows"}
+        result_of_many, lse_of_many = fa.attention(*arrays, return_lse=True, **options)
+        if fa.isa() == PAIRS_ISA and result.dtype.name == "bfloat16":
+            allowed = bound(*arrays, **options)
+        assert_close(result_of_many, true, allowed.out, context)
+        assert_close(lse_of_many, true_lse, allowed.lse, {**context, "result": "lse"})
     assert [array.tobytes() for array in given_arrays] == before, f"{context}: an input was modified"
     return result, lse
 

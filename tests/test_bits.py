@@ -1,6 +1,7 @@
 """For one instruction set the bits of a row depend on its query, on the keys and values it sees and on the options.
 
-They do not depend on the number of threads, the batch, the heads, strides, masked padding, or the other rows.
+They do not depend on the number of threads, the batch, the heads, strides, masked padding, or the other rows. Few
+rows go another path, with bits of their own (test_paths.py); `ONE_PATH` makes them agree with those of more rows.
 """
 
 import functools
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.compiled  # NumPy's matrix product makes no such promis
 
 NAN, INF = np.nan, np.inf
 B, H, Hkv, L, S, D, Dv = 2, 4, 2, 150, 300, 12, 10
+ONE_PATH = {"deterministic": "row"}
 
 both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
 
@@ -140,7 +142,9 @@ def test_ways_to_ask(case):
     given = np.full_like(out, NAN)
     assert_same(fa.attention(*arrays, out=given, return_lse=True, **options), out, lse, {**context, "asked": "out="})
     assert_same_bits(given, out, {**context, "asked": "out="})
-    assert_same_bits(fa.attention(*arrays, deterministic=True, **options), out, {**context, "asked": "deterministic"})
+    for asked in False, True, "row":
+        result = fa.attention(*arrays, deterministic=asked, return_lse=True, **options)
+        assert_same(result, out, lse, {**context, "deterministic": asked})
 
 
 @both_dtypes
@@ -176,7 +180,7 @@ def test_rows_alone(case):
     (q, k, v), options, out, lse, context = case
     for i in range(L):
         rows = slice(i, i + 1)
-        result = fa.attention(q[:, :, rows], k, v, return_lse=True, **cut(options, rows=rows))
+        result = fa.attention(q[:, :, rows], k, v, return_lse=True, **ONE_PATH, **cut(options, rows=rows))
         assert_same(result, out[:, :, rows], lse[:, :, rows], {**context, "row": i})
 
 
@@ -188,7 +192,7 @@ def test_rows_in_other_places(case, seed):
     for _ in range(30):
         first, last = sorted(int(i) for i in rng.integers(0, L + 1, 2))
         rows = slice(first, last)
-        result = fa.attention(q[:, :, rows], k, v, return_lse=True, **cut(options, rows=rows))
+        result = fa.attention(q[:, :, rows], k, v, return_lse=True, **ONE_PATH, **cut(options, rows=rows))
         assert_same(result, out[:, :, rows], lse[:, :, rows], {**context, "rows": rows})
     if "query_offset" in options:
         return
@@ -212,7 +216,7 @@ def test_rows_alone_with_large_heads(D, Dv, dtype, seed):
             assert_same(fa.attention(*moved, return_lse=True, **options), out, lse, {**context, "layout": layout})
         for i in 0, 1, 15, 16, 63, 64, 149:
             rows = slice(i, i + 1)
-            result = fa.attention(q[:, :, rows], k, v, return_lse=True, **cut(options, rows=rows))
+            result = fa.attention(q[:, :, rows], k, v, return_lse=True, **ONE_PATH, **cut(options, rows=rows))
             assert_same(result, out[:, :, rows], lse[:, :, rows], {**context, "row": i})
 
 
@@ -354,6 +358,8 @@ def allowed(L, S, **options):
 def test_mask_or_flags(flags, extra, dtype, seed):
     rng = np.random.default_rng(seed)
     arrays, more = arrays_of(rng, dtype), every_option(rng, dtype)[extra]
+    if "query_lengths" in flags:
+        more = more | ONE_PATH  # a mask leaves the number of rows as it is
     mask = allowed(L, S, **flags)
     out, lse = fa.attention(*arrays, return_lse=True, mask=mask, **more)
     if "sinks" in more and "query_lengths" in flags:  # its rows have lse -inf, rows without a visible key their sink
@@ -381,7 +387,7 @@ def test_rows_that_see_an_infinity(layout, case, seed):
     out, lse = fa.attention(q, k, v, return_lse=True, **options)
     for i in range(0, L, 3):
         rows = slice(i, i + 1)
-        alone = fa.attention(q[:, :, rows], k, v, return_lse=True, **cut(options, rows=rows))
+        alone = fa.attention(q[:, :, rows], k, v, return_lse=True, **ONE_PATH, **cut(options, rows=rows))
         others = np.arange(Dv) != 5
         assert_same((alone[0][..., others], alone[1]), out[:, :, rows][..., others], lse[:, :, rows],
                     {**context, "layout": layout, "row": i})

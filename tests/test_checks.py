@@ -12,7 +12,7 @@ from cases import assert_close, bound, exact
 import fastattn as fa
 from fastattn import checks, masks
 
-F32, F64 = np.float32, np.float64
+F16, F32, F64 = np.float16, np.float32, np.float64
 B, H, Hkv, L, S, D, Dv = 2, 4, 2, 5, 7, 8, 6
 
 
@@ -40,9 +40,9 @@ def misaligned(shape):
     return np.zeros(4 * math.prod(shape) + 1, np.uint8)[1:].view(F32).reshape(shape)
 
 
-def torn(shape):
-    """float32 as a field of packed 5-byte records: strides that are no multiple of 4."""
-    return np.zeros(shape, np.dtype([("flag", np.uint8), ("x", F32)]))["x"]
+def torn(shape, dtype=F32):
+    """A field of packed records of one byte more: strides that are no multiple of its size."""
+    return np.zeros(shape, np.dtype([("flag", np.uint8), ("x", dtype)]))["x"]
 
 
 class Expression:
@@ -82,8 +82,17 @@ def masked(array):
     return np.ma.masked_array(array, mask=False)
 
 
+def ml_dtypes():
+    return pytest.importorskip("ml_dtypes")
+
+
 def bfloat16(*shape):
-    return np.zeros(shape, pytest.importorskip("ml_dtypes").bfloat16)
+    return np.zeros(shape, ml_dtypes().bfloat16)
+
+
+def half(a):
+    """The arrays of a call in float16."""
+    return {name: array.astype(F16) for name, array in a.items()}
 
 
 def sparse(*shape):
@@ -108,35 +117,70 @@ BAD = [
     ("none", {"query": None}, T, "query must be an array, got NoneType"),
     ("object", {"key": object()}, T, "key must be an array, got object"),
     ("dict", {"value": {}}, T, "value must be an array, got dict"),
-    ("string", {"query": "abc"}, T, "query must be float32 or float64 in native byte order, got <U3"),
+    ("string", {"query": "abc"}, T,
+     "query must be float32, float64, float16 or bfloat16 in native byte order, got <U3"),
     ("ragged", {"query": [[1.0], [1.0, 2.0]]}, T, r"query must be an array that NumPy can read, got list \(.*\)"),
     ("unreadable", {"key": Unreadable()}, T,
      r"key must be an array that NumPy can read, got Unreadable \(it is on another device\)"),
     ("object array", {"query": zeros(B, H, L, D, dtype=object)}, T,
-     "query must be float32 or float64 in native byte order, got object"),
+     "query must be float32, float64, float16 or bfloat16 in native byte order, got object"),
     ("int", {"query": zeros(B, H, L, D, dtype=np.int32)}, T,
-     "query must be float32 or float64 in native byte order, got int32"),
+     "query must be float32, float64, float16 or bfloat16 in native byte order, got int32"),
     ("bool", {"query": zeros(B, H, L, D, dtype=np.bool_)}, T,
-     "query must be float32 or float64 in native byte order, got bool"),
+     "query must be float32, float64, float16 or bfloat16 in native byte order, got bool"),
     ("complex", {"query": zeros(B, H, L, D, dtype=np.complex64)}, T,
-     "query must be float32 or float64 in native byte order, got complex64"),
+     "query must be float32, float64, float16 or bfloat16 in native byte order, got complex64"),
     ("swapped", {"query": zeros(B, H, L, D).astype(np.dtype(F32).newbyteorder("S"))}, T,
-     "query must be float32 or float64 in native byte order, got [<>]f4"),
-    ("int key", {"key": zeros(B, Hkv, S, D, dtype=np.int64)}, T, "key must have query's dtype float32, got int64"),
-    ("mixed key", {"key": zeros(B, Hkv, S, D, dtype=F64)}, T, "key must have query's dtype float32, got float64"),
+     "query must be float32, float64, float16 or bfloat16 in native byte order, got [<>]f4"),
+    ("int key", {"key": zeros(B, Hkv, S, D, dtype=np.int64)}, T,
+     "key must have query's dtype float32, float16 or bfloat16, got int64"),
+    ("mixed key", {"key": zeros(B, Hkv, S, D, dtype=F64)}, T,
+     "key must have query's dtype float32, float16 or bfloat16, got float64"),
     ("mixed value", {"value": zeros(B, Hkv, S, Dv, dtype=F64)}, T,
-     "value must have query's dtype float32, got float64"),
+     "value must have key's dtype float32, got float64"),
     ("swapped value", {"value": zeros(B, Hkv, S, Dv).astype(np.dtype(F32).newbyteorder("S"))}, T,
-     "value must have query's dtype float32, got [<>]f4"),
+     "value must have key's dtype float32, got [<>]f4"),
     ("masked query", {"query": masked(zeros(B, H, L, D))}, T,
      "query must be an array without a mask of its own, got a masked array"),
     ("masked value", {"value": masked(zeros(B, Hkv, S, Dv))}, T,
      "value must be an array without a mask of its own, got a masked array"),
-    ("float16", {"query": zeros(B, H, L, D, dtype=np.float16)}, N, "query of dtype float16 is not implemented yet"),
-    ("float16 key", {"key": zeros(B, Hkv, S, D, dtype=np.float16)}, N, "key of dtype float16 is not implemented yet"),
-    ("bfloat16", lambda a: a.update(value=bfloat16(B, Hkv, S, Dv)), N,
-     "value of dtype bfloat16 is not implemented yet"),
+    ("float16 query", {"query": zeros(B, H, L, D, dtype=F16)}, T, "key must have query's dtype float16, got float32"),
+    ("float16 key", {"key": zeros(B, Hkv, S, D, dtype=F16)}, T, "value must have key's dtype float16, got float32"),
+    ("float16 value", {"value": zeros(B, Hkv, S, Dv, dtype=F16)}, T,
+     "value must have key's dtype float32, got float16"),
+    ("bfloat16 query", lambda a: a.update(query=bfloat16(B, H, L, D)), T,
+     "key must have query's dtype bfloat16, got float32"),
+    ("bfloat16 key", lambda a: a.update(key=bfloat16(B, Hkv, S, D)), T,
+     "value must have key's dtype bfloat16, got float32"),
+    ("bfloat16 value", lambda a: a.update(value=bfloat16(B, Hkv, S, Dv)), T,
+     "value must have key's dtype float32, got bfloat16"),
+    ("two 16-bit dtypes", lambda a: a.update(half(a), value=bfloat16(B, Hkv, S, Dv)), T,
+     "value must have key's dtype float16, got bfloat16"),
+    ("two others", lambda a: a.update(key=bfloat16(B, Hkv, S, D), value=zeros(B, Hkv, S, Dv, dtype=F16)), T,
+     "value must have key's dtype bfloat16, got float16"),
+    ("16-bit query and other key", lambda a: a.update(half(a), key=bfloat16(B, Hkv, S, D)), T,
+     "key must have query's dtype float16, got bfloat16"),
+    ("bfloat16 query and float16 key", lambda a: a.update(half(a), query=bfloat16(B, H, L, D)), T,
+     "key must have query's dtype bfloat16, got float16"),
+    ("float64 query", {"query": zeros(B, H, L, D, dtype=F64)}, T, "key must have query's dtype float64, got float32"),
+    ("float64 query, float16 key", lambda a: a.update(half(a), query=zeros(B, H, L, D, dtype=F64)), T,
+     "key must have query's dtype float64, got float16"),
+    ("swapped float16", {"query": zeros(B, H, L, D).astype(np.dtype(F16).newbyteorder("S"))}, T,
+     "query must be float32, float64, float16 or bfloat16 in native byte order, got [<>]f2"),
+    ("swapped float16 key", {"key": zeros(B, Hkv, S, D).astype(np.dtype(F16).newbyteorder("S"))}, T,
+     "key must have query's dtype float32, float16 or bfloat16, got [<>]f2"),
+    ("float8", lambda a: a.update(query=zeros(B, H, L, D, dtype=ml_dtypes().float8_e4m3fn)), T,
+     "query must be float32, float64, float16 or bfloat16 in native byte order, got float8_e4m3fn"),
+    ("float8 key", lambda a: a.update(key=zeros(B, Hkv, S, D, dtype=ml_dtypes().float8_e5m2)), T,
+     "key must have query's dtype float32, float16 or bfloat16, got float8_e5m2"),
+    ("int16", {"key": zeros(B, Hkv, S, D, dtype=np.int16)}, T,
+     "key must have query's dtype float32, float16 or bfloat16, got int16"),
+    ("two-byte void", {"key": zeros(B, Hkv, S, D, dtype="V2")}, T,
+     r"key must have query's dtype float32, float16 or bfloat16, got \|V2"),
     # layout
+    ("torn float16", lambda a: a.update(half(a), key=torn((B, Hkv, S, D), F16)), V,
+     r"key must have an address and strides that are multiples of its item size of 2 bytes, got address 0x\w+ and "
+     r"strides \(336, 168, 24, 3\)"),
     ("misaligned", {"query": misaligned((B, H, L, D))}, V,
      r"query must have an address and strides that are multiples of its item size of 4 bytes, got address 0x\w+ and "
      r"strides \(640, 160, 32, 4\)"),
@@ -189,6 +233,12 @@ BAD = [
     # bias
     ("bias dtype", {"bias": zeros(L, S, dtype=F64)}, T, "bias must have query's dtype float32, got float64"),
     ("bias float16", {"bias": zeros(L, S, dtype=np.float16)}, T, "bias must have query's dtype float32, got float16"),
+    ("bias of other 16 bits", lambda a: a.update(half(a), bias=bfloat16(L, S)), T,
+     "bias must have query's dtype float16 or float32, got bfloat16"),
+    ("bias float64 with float16", lambda a: a.update(half(a), bias=zeros(L, S, dtype=F64)), T,
+     "bias must have query's dtype float16 or float32, got float64"),
+    ("bias with 16-bit keys", lambda a: a.update(half(a), query=a["query"], bias=zeros(L, S, dtype=F16)), T,
+     "bias must have query's dtype float32, got float16"),
     ("bool bias", {"bias": zeros(L, S, dtype=bool)}, T, "bias must have query's dtype float32, got bool"),
     ("bias shape", {"bias": zeros(L, 6)}, V,
      r"bias must broadcast to \(..., H, L, S\) = \(2, 4, 5, 7\), got shape \(5, 6\)"),
@@ -201,6 +251,11 @@ BAD = [
     ("sparse bias", lambda a: a.update(bias=sparse(L, S)), T, "bias must be an array, got csr_array"),
     # sinks
     ("sinks dtype", {"sinks": zeros(H, dtype=F64)}, T, "sinks must have query's dtype float32, got float64"),
+    ("sinks float16", {"sinks": zeros(H, dtype=F16)}, T, "sinks must have query's dtype float32, got float16"),
+    ("sinks of other 16 bits", lambda a: a.update(half(a), sinks=bfloat16(H)), T,
+     "sinks must have query's dtype float16 or float32, got bfloat16"),
+    ("sinks float64 with float16", lambda a: a.update(half(a), sinks=zeros(H, dtype=F64)), T,
+     "sinks must have query's dtype float16 or float32, got float64"),
     ("sinks shape", {"sinks": zeros(Hkv)}, V, r"sinks must have shape \(4,\), one for each head of query, got \(2,\)"),
     ("sinks axes", {"sinks": zeros(1, H)}, V,
      r"sinks must have shape \(4,\), one for each head of query, got \(1, 4\)"),
@@ -262,6 +317,9 @@ BAD = [
     ("softcap NaN", {"softcap": np.nan}, V, "softcap must be positive, normal and finite in float32, got nan"),
     ("softcap inf", {"softcap": np.inf}, V, "softcap must be positive, normal and finite in float32, got inf"),
     ("softcap denormal", {"softcap": 1e-40}, V, "softcap must be positive, normal and finite in float32, got 1e-40"),
+    ("softcap of float16", lambda a: a.update(half(a), softcap=1e-40), V,
+     "softcap must be positive, normal and finite in float32, got 1e-40"),
+    ("scale of float16", lambda a: a.update(half(a), scale=1e39), V, r"scale must be finite in float32, got 1e\+39"),
     ("softcap bool", {"softcap": True}, T, "softcap must be a real number, got bool"),
     ("threads zero", {"num_threads": 0}, V, "num_threads must be at least 1, got 0"),
     ("threads negative", {"num_threads": -(2**70)}, V, f"num_threads must be at least 1, got -{2**70}"),
@@ -281,7 +339,6 @@ BAD = [
     ("dropout none", {"dropout_p": None}, T, "dropout_p must be a real number, got NoneType"),
     ("seed float", {"seed": 1.5}, T, "seed must be an integer, got float"),
     ("seed negative", {"seed": -1}, V, "seed must be at least 0, got -1"),
-    ("deterministic row", {"deterministic": "row"}, N, "deterministic='row' is not implemented yet"),
     ("deterministic unknown", {"deterministic": "col"}, V, "deterministic must be None, a bool or 'row', got 'col'"),
     ("deterministic int", {"deterministic": 1}, T, "deterministic must be None, a bool or 'row', got int"),
     ("return_lse int", {"return_lse": 1}, T, "return_lse must be a bool, got int"),
@@ -290,6 +347,12 @@ BAD = [
     ("out masked", {"out": masked(zeros(B, H, L, Dv))}, T,
      "out must be an array without a mask of its own, got a masked array"),
     ("out dtype", {"out": zeros(B, H, L, Dv, dtype=F64)}, V, "out must have query's dtype float32, got float64"),
+    ("out float32 of float16", lambda a: a.update(half(a), out=a["out"]), V,
+     "out must have query's dtype float16, got float32"),
+    ("out float16", {"out": zeros(B, H, L, Dv, dtype=F16)}, V, "out must have query's dtype float32, got float16"),
+    ("out int16 of bfloat16", lambda a: a.update({n: bfloat16(*x.shape) for n, x in a.items()},
+                                                 out=zeros(B, H, L, Dv, dtype=np.int16)), V,
+     "out must have query's dtype bfloat16, got int16"),
     ("out shape", {"out": zeros(B, H, L, D)}, V, r"out must have shape \(2, 4, 5, 6\), got \(2, 4, 5, 8\)"),
     ("out axes", {"out": zeros(1, B, H, L, Dv)}, V, r"out must have shape \(2, 4, 5, 6\), got \(1, 2, 4, 5, 6\)"),
     ("out read-only", lambda a: a["out"].setflags(write=False), V, "out must be writeable, got a read-only array"),
@@ -375,7 +438,8 @@ def test_other_forms():
                           ).query.shape == (1, 2, 4)
     for options in [{"scale": np.float64(8**-0.5)}, {"scale": None}, {"softcap": None},
                     {"dropout_p": 0.0}, {"dropout_p": 0}, {"seed": 3}, {"deterministic": True},
-                    {"deterministic": np.False_}, {"causal": np.False_}, {"normalizer": "".join(["soft", "max"])},
+                    {"deterministic": "row"}, {"deterministic": np.False_}, {"causal": np.False_},
+                    {"normalizer": "".join(["soft", "max"])},
                     {"num_threads": 1}, {"num_threads": np.int16(2)}, {"num_threads": 2**80}, {"window": None},
                     {"window": (None, None)}, {"window": 2**80}, {"kv_lengths": S}, {"kv_lengths": np.uint8(S)},
                     {"kv_lengths": [S, S]}, {"kv_lengths": np.full(1, S)}, {"kv_lengths": np.full(B, S, ">i2")},

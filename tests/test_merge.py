@@ -274,6 +274,22 @@ def test_interleaved_parts(by, n, dtype, seed):
         check_identity(arrays, whole, parts, {"dtype": dtype.__name__, "by": by, "options": list(whole), "seed": seed})
 
 
+@pytest.mark.parametrize("function", [fa.merge_states, fa.reference.merge_states], ids=["merge_states", "reference"])
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_halves(name, function, seed):
+    """16-bit outs with float32 lses: the merge of the same numbers in float32, rounded once more."""
+    dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), name) if name == "bfloat16" else name)
+    rng = generator(seed, name)
+    outs, lses = rng.standard_normal((3, 5, 7)).astype(dtype), rng.standard_normal((3, 5)).astype(F32)
+    lses[1, 2] = lses[:, 4] = -INF
+    out, lse = function(outs, lses)
+    wide, wide_lse = function(outs.astype(F64), lses.astype(F64))
+    assert out.dtype == dtype and lse.dtype == F32
+    ulp = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[name]
+    assert (abs(out.astype(F64) - wide) <= ulp * abs(wide) * (1 + 2.0**-11) + 2.0**-25).all()
+    assert (lse == wide_lse.astype(F32)).all()
+
+
 @both_dtypes
 def test_large_logits(dtype, seed):
     rng = generator(seed)
@@ -318,8 +334,10 @@ BAD = [
     (ones(0, 2, 3), ones(0, 2), V, "outs must have at least one part, got none"),
     (ones(2, 4, 3), ones(3, 4), V, "lses must have one part for each of 2 outs, got 3"),
     (ones(2, 4, 3), [], V, "lses must have one part for each of 2 outs, got 0"),
-    (ones(2, 4, 3, dtype=np.int64), ones(2, 4), T, "outs must be float32 or float64 in native byte order, got int64"),
-    (ones(2, 4, 3, dtype=np.float16), ones(2, 4), NotImplementedError, "outs of dtype float16 is not implemented yet"),
+    (ones(2, 4, 3, dtype=np.int64), ones(2, 4), T,
+     "outs must be float32, float64, float16 or bfloat16 in native byte order, got int64"),
+    (ones(2, 4, 3, dtype=np.float16), ones(2, 4, dtype=np.float16), T,
+     "lses must have the dtype float32, got float16 in part 0"),
     ([ones(4, 3), ones(4, 3, dtype=F64)], ones(2, 4), T,
      "outs must have the first part's dtype float32, got float64 in part 1"),
     (ones(2, 4, 3), ones(2, 4, dtype=F64), T, "lses must have outs' dtype float32, got float64 in part 0"),

@@ -911,7 +911,8 @@ BAD = [
      r"key must have as many axes as query of shape \(2, 4, 5, 8\), got shape \(2, 7, 8\)"),
     ("query of one axis", {"query": np.zeros(8, F32), "key": np.zeros(8, F32)}, V,
      r"query must have 2 to 11 axes \(..., H, L, D\), got shape \(8,\)"),
-    ("dtype of key", {"key": np.zeros((2, 2, 7, 8))}, T, "key must have query's dtype float32, got float64"),
+    ("dtype of key", {"key": np.zeros((2, 2, 7, 8))}, T,
+     "key must have query's dtype float32, float16 or bfloat16, got float64"),
     ("head size", {"key": np.zeros((2, 2, 7, 9), F32)}, V, "key must have query's head size 8, got 9"),
     ("heads of key", {"key": np.zeros((2, 3, 7, 8), F32)}, V, "query must have a multiple of key's 3 heads, got 4"),
     ("batch of key", {"key": np.zeros((3, 2, 7, 8), F32)}, V,
@@ -923,7 +924,7 @@ BAD = [
     ("plan of the rows", lambda a: a.update(rows=[0, 1], mask=masks.causal().compile(2, 7)), V,
      "mask must be a plan for L = 5 and S = 7, got one for L = 2 and S = 7"),
     ("lengths", {"kv_lengths": 8}, V, r"kv_lengths must lie in \[0, 7\], got 8"),
-    ("float16", {"query": np.zeros((2, 4, 5, 8), np.float16)}, N, "query of dtype float16 is not implemented yet"),
+    ("float16", {"query": np.zeros((2, 4, 5, 8), np.float16)}, T, "key must have query's dtype float16, got float32"),
     ("normalizer", {"normalizer": "relu"}, N, "normalizer='relu' is not implemented yet"),
     ("threads", {"num_threads": 0}, V, "num_threads must be at least 1, got 0"),
 ]

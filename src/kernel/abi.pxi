@@ -10,6 +10,11 @@ cdef extern from "fastattn.h" nogil:
         void* data
         int64_t lead[8]
         int64_t head, row, col
+        int32_t kind
+    enum: FASTATTN_REAL
+    enum: FASTATTN_F16
+    enum: FASTATTN_BF16
+    enum: FASTATTN_I8
     enum: FASTATTN_OUTPUT
     enum: FASTATTN_WEIGHTS
     enum: FASTATTN_SUM
@@ -36,25 +41,47 @@ cdef extern from "fastattn.h" nogil:
         const void* sinks
         const int64_t* cu_q
         const int64_t* cu_k
+        const int32_t* pages
+        const int64_t* page_rows
+        int64_t page, page_stride
+        fastattn_array key_scale, value_scale
+        const int64_t* hole_begin
+        const int64_t* hole_end
         const int64_t* query_offset
         int64_t offset
         const int64_t* query_lengths
         const int64_t* kv_lengths
         int64_t left, right
         double scale, softcap
+        int32_t one_path
         int32_t reduce
         int64_t k, chunks
         const int64_t* rows
         fastattn_array result, indices
+        int64_t blocks, splits, batch_tasks, groups, record
+        void* state
         int* stop
         void (*poll)(void*) noexcept nogil
         void* poll_data
+    ctypedef struct fastattn_tokens:
+        int64_t B, H, L, D, Dv, page
+        fastattn_array key, value, key_pool, value_pool, key_scale, value_scale
+        const int64_t* slots
+        const int64_t* counts
+        const int64_t* first
+        const float* cos
+        const float* sin
+        int64_t pairs
+        int32_t interleaved
     ctypedef struct fastattn_kernel:
         int32_t abi, bits
         int64_t lanes, vector
-        int64_t (*tasks)(const fastattn_problem*, int64_t) noexcept nogil
+        int64_t (*tasks)(fastattn_problem*, int64_t) noexcept nogil
+        size_t (*state)(const fastattn_problem*) noexcept nogil
         size_t (*scratch)(const fastattn_problem*) noexcept nogil
         void (*run)(const fastattn_problem*, int64_t, int64_t, int32_t, void*) noexcept nogil
+        void (*store)(const fastattn_tokens*, void*) noexcept nogil
         void (*exp2)(const void*, void*, int64_t) noexcept nogil
         void (*tanh)(const void*, void*, int64_t) noexcept nogil
         double (*peak)(int64_t) noexcept nogil
+        double (*read)(const void*, int64_t) noexcept nogil

@@ -2,44 +2,116 @@
 #
 #     S = K Qt  →  softcap, bias, masks  →  P = 2^((S - m) κ)  →  Ot = Ot c + Vt P
 
-cdef void copied_values(Task* t, int first, int vectors, const real* v, int64_t block, const Parts* parts, bint cut,
-                        bint masked) noexcept nogil:
-    # Ot = Ot c + Vt P on a copy of V, a few columns at a time: for values whose last axis is not contiguous, and for blocks
-    # where some lane does not see some key while a value is infinite or NaN. There 0 · NaN would reach lanes that do not see
-    # it: the copy holds zeros in the place of those values, then they go one by one to the lanes that see them. Every finite
-    # column keeps its bits.
-    cdef const fastattn_problem* p = t.p
-    cdef Py_ssize_t row = p.value.row
-    cdef Py_ssize_t col = p.value.col
-    cdef Py_ssize_t begin = parts.begin[0]
-    cdef Py_ssize_t n = parts.end[parts.n - 1] - begin
-    cdef Py_ssize_t lane = first*VL
-    cdef Py_ssize_t column = 0
-    cdef Py_ssize_t j, d, i, width
-    cdef real* copied
-    cdef bint poisoned
+cdef void find_rows(const Task* t, const fastattn_array* a, int64_t block, Py_ssize_t n, Py_ssize_t size,
+                    int64_t* at) noexcept nogil:
+    # at[j] = elements to the row of key block + j, times size
+    cdef int64_t index = 0
+    cdef int64_t place = block
+    cdef int64_t step = a.row*size
+    cdef int64_t first
+    cdef Py_ssize_t j = 0
+    cdef Py_ssize_t run = n
+    cdef Py_ssize_t i
+    if t.pages != NULL:
+        index = block // t.p.page
+        place = block - index*t.p.page
+    while j < n:
+        first = place*step
+        if t.pages != NULL:         # pages without visible keys: somewhere inside
+            first += max(t.pages[index], <int32_t>0)*a.lead[0]*size
+            run = min(<int64_t>(n - j), t.p.page - place)
+        for i in range(run):
+            at[j + i] = first + i*step
+        j += run
+        index += 1
+        place = 0
+
+
+cdef void find_scales(const Task* t, const fastattn_array* a, const float* scale, int64_t block, Py_ssize_t n,
+                      float* scales) noexcept nogil:
+    # those of the rows of n keys
+    cdef int64_t at[BLOCK]
+    cdef Py_ssize_t j
+    if scale != NULL:
+        find_rows(t, a, block, n, 1, at)
+        for j in range(n):
+            scales[j] = scale[at[j]]
+
+
+cdef void pack_keys(Task* t, int64_t block, Py_ssize_t n, bint words) noexcept nogil:
+    cdef const fastattn_array* a = &t.p.key
+    cdef int64_t at[BLOCK]
+    cdef float scales[BLOCK]
+    find_rows(t, a, block, n, 1, at)
+    find_scales(t, &t.p.key_scale, t.k_scale, block, n, scales)
+    if WORD == 2 and words:
+        pack_words(t.k, at, a.col, n, t.p.D//WORD, t.packed_k)
+    else:
+        pack_rows(t.k, at, a.col, a.kind, scales, n, t.p.D, t.packed_k)
+
+
+cdef bint pack_values(Task* t, int64_t block, Py_ssize_t n, bint words, bint clean) noexcept nogil:
+    # Values of a block. clean: infinities and NaN become 0; returns whether there were some.
+    cdef const fastattn_array* a = &t.p.value
+    cdef int64_t at[BLOCK]
+    cdef float scales[BLOCK]
+    cdef uint16_t half
+    cdef Py_ssize_t Dv = t.p.Dv
+    cdef Py_ssize_t i, j, d
     cdef real x
+    find_rows(t, a, block, n, 1, at)
+    find_scales(t, &t.p.value_scale, t.v_scale, block, n, scales)
+    if WORD == 2 and words:
+        zip_rows(t.v, at, a.col, n, Dv, t.packed_v)
+        if not clean or finite_words(t.packed_v, (n + 1)//2*Dv):
+            return False
+        for j in range(n):
+            for d in range(Dv):
+                x = real_at(t.v, at[j] + d*a.col, a.kind)
+                if x - x != 0:
+                    (<uint16_t*>t.packed_v)[(j//2*Dv + d)*2 + j % 2] = 0
+        return True
+    pack_rows(t.v, at, a.col, a.kind, scales, n, Dv, t.packed_v)
+    if not clean or all_finite(t.packed_v, Dv, n, Dv):
+        return False
+    for i in range(n*Dv):
+        x = t.packed_v[i]
+        t.packed_v[i] = x if x - x == 0 else 0
+    return True
+
+
+cdef real weight_at(const Task* t, Py_ssize_t i, Py_ssize_t j) noexcept nogil:
+    # P of lane i and row j of the block, from its word where weights are pairs
+    if WORD == 2 and not t.few:
+        return real_at(<const uint16_t*>(t.S + (j - j % 2)*LANES + i) + j % 2, 0, FASTATTN_BF16)
+    return t.S[j*LANES + i]
+
+
+cdef void add_poisoned(Task* t, int first, int vectors, int64_t block, const Parts* parts, bint masked) noexcept nogil:
+    # The infinite and NaN values of a block, which were multiplied as 0, to the lanes that see their keys: 0 · NaN must not
+    # reach the others. Every finite column keeps its bits.
+    cdef const fastattn_problem* p = t.p
+    cdef Py_ssize_t lane = first*VL
+    cdef Py_ssize_t ldo = whole(p.Dv)
+    cdef Py_ssize_t i, j, d
+    cdef int64_t at
     cdef int part
-    while column < p.Dv:
-        width = min(<Py_ssize_t>COPIED, p.Dv - column)
-        copied = t.copied + begin*width
-        pack_rows(v + begin*row + column*col, row, col, n, width, copied)
-        poisoned = cut and not all_finite(copied, width, n, width)
-        if poisoned:
-            for i in range(n*width):
-                x = copied[i]
-                copied[i] = x if x - x == 0 else 0
-        product_t(vectors, t.copied, width, t.S + lane, parts, t.Ot + column*LANES + lane, width, t.c + lane)
-        if poisoned:
-            for part in range(parts.n):
-                for j in range(parts.begin[part], parts.end[part]):
-                    for d in range(width):
-                        x = v[j*row + (column + d)*col]
-                        if x - x != 0:
-                            for i in range(lane, min(lane + <Py_ssize_t>vectors*VL, t.n_queries)):
-                                if (not masked or t.seen[j] >> i & 1) and not biased_away(t, i, block + j):
-                                    t.Ot[(column + d)*LANES + i] += x*t.S[j*LANES + i]
-        column += COPIED
+    cdef real x
+    for part in range(parts.n):
+        for j in range(parts.begin[part], parts.end[part]):
+            at = key_at(t, &p.value, block + j)
+            for d in range(p.Dv):
+                x = real_at(t.v, at + d*p.value.col, p.value.kind)
+                if t.v_scale != NULL:
+                    x *= t.v_scale[key_at(t, &p.value_scale, block + j)]
+                if x - x == 0:
+                    continue
+                for i in range(lane, min(lane + <Py_ssize_t>vectors*VL, t.n_queries)):
+                    if (not masked or t.seen[j] >> i & 1) and not biased_away(t, i, block + j):
+                        if t.few:
+                            t.Ot[i*ldo + d] += x*weight_at(t, i, j)
+                        else:
+                            t.Ot[d*LANES + i] += x*weight_at(t, i, j)
 
 
 cdef inline bint finite_lanes(const real* m, int vectors) noexcept nogil:
@@ -54,34 +126,37 @@ cdef Py_ssize_t scores(Task* t, int first, int vectors, const real* k, Py_ssize_
                        bint whole) noexcept nogil:
     # S = K Qt for n keys. A long D goes in parts: Qt of one part stays in the first-level cache, and a sum of DEPTH products
     # from zero has the smaller error. Without `whole` the last part is left to the caller; returns how much of D is done.
-    cdef Py_ssize_t depth = t.p.D if t.p.D <= DEPTH_WHOLE else DEPTH
+    cdef Py_ssize_t D = t.p.D//WORD
+    cdef Py_ssize_t depth = D if D <= DEPTH_WHOLE else DEPTH
     cdef Py_ssize_t d = 0
-    while t.p.D - d > depth:
+    while D - d > depth:
         product_n(vectors, k + d, k_row, t.Qt + d*LANES + first*VL, depth, S, n, ADD if d > 0 else STORE, 1, &t.later)
         d += depth
     if whole:
-        product_n(vectors, k + d, k_row, t.Qt + d*LANES + first*VL, t.p.D - d, S, n, ADD if d > 0 else STORE, 1, &t.later)
+        product_n(vectors, k + d, k_row, t.Qt + d*LANES + first*VL, D - d, S, n, ADD if d > 0 else STORE, 1, &t.later)
     return d
 
 
 cdef void load_bias(Task* t, real* to, Py_ssize_t lane, int vectors, int64_t key, Py_ssize_t n) noexcept nogil:
     # The bias of vectors from `lane` on and n keys, as a tile.
     cdef const fastattn_problem* p = t.p
-    cdef Py_ssize_t query = t.q_begin + lane
     if p.bias_rows != NULL:
-        indexed_bias_tile(to, vectors, n, t.bias, p.bias_rows + query, p.bias_cols + key, t.n_queries - lane)
+        indexed_bias_tile(to, vectors, n, <const real*>t.bias, p.bias_rows + t.q_begin + lane, p.bias_cols + key,
+                          t.n_queries - lane)
     else:
-        bias_tile(to, vectors, n, t.bias + query*p.bias.row + key*p.bias.col, p.bias.row, p.bias.col, t.n_queries - lane,
-                  t.lines)
+        bias_tile(t, to, lane, vectors, key, n)
 
 
-cdef void logits(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, int64_t block, Py_ssize_t begin,
-                 Py_ssize_t n, bint masked) noexcept nogil:
+cdef void logits(Task* t, int first, int vectors, const Operands* of, int64_t block, Py_ssize_t begin, Py_ssize_t n,
+                 bint masked) noexcept nogil:
     # Final logits of vectors [first, first + vectors) and n keys from row `begin` of one block on.
     cdef const fastattn_problem* p = t.p
     cdef Py_ssize_t lane = first*VL
     cdef real* S = t.S + begin*LANES + lane
-    scores(t, first, vectors, k + begin*k_row, k_row, S, n, True)
+    if t.few:
+        few_scores(t, first, vectors, of, begin, n)
+    else:
+        scores(t, first, vectors, of.k + begin*of.k_row, of.k_row, S, n, True)
     if p.softcap > 0:
         softcap_pass(S, vectors, n, <real>p.scale, <real>p.softcap)
     if t.bias != NULL:
@@ -91,75 +166,107 @@ cdef void logits(Task* t, int first, int vectors, const real* k, Py_ssize_t k_ro
         hide_pass(S, vectors, n, t.seen + begin, lane)
 
 
-cdef void weights(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, int64_t block, Py_ssize_t begin,
-                  Py_ssize_t n, bint masked) noexcept nogil:
+cdef void weights(Task* t, int first, int vectors, const Operands* of, int64_t block, Py_ssize_t begin, Py_ssize_t n,
+                  bint masked) noexcept nogil:
     # P by the present references for vectors [first, first + vectors) and n keys from the even row `begin` of one block on,
     # and their sums.
     cdef const fastattn_problem* p = t.p
     cdef Py_ssize_t lane = first*VL
+    cdef Py_ssize_t D = p.D//WORD
     cdef Py_ssize_t d
+    cdef const real* k = of.k + begin*of.k_row
     cdef real* S = t.S + begin*LANES + lane
     cdef How how
-    if p.softcap > 0 or (t.bias != NULL and p.D > DEPTH_WHOLE):
-        logits(t, first, vectors, k, k_row, block, begin, n, masked)
-        weigh_rows(vectors, False, S, n, t.kappa, t.base + lane, t.total + lane, begin, NULL, 0)
+    if t.few or p.softcap > 0 or (t.bias != NULL and D > DEPTH_WHOLE):
+        logits(t, first, vectors, of, block, begin, n, masked)
+        weigh_rows(vectors, S, n, t.kappa, t.base + lane, t.total + lane, begin, not t.few)
         return
-    k += begin*k_row
-    d = scores(t, first, vectors, k, k_row, S, n, False)
+    d = scores(t, first, vectors, k, of.k_row, S, n, False)
     how = ADD if d > 0 else STORE
     if t.bias != NULL:
         load_bias(t, S, lane, vectors, block + begin, n)
         how = BIAS
     if masked:
-        fused_masked(vectors, k + d, k_row, t.Qt + d*LANES + lane, p.D - d, S, how, <real>p.scale, n, t.kappa, t.base + lane,
+        fused_masked(vectors, k + d, of.k_row, t.Qt + d*LANES + lane, D - d, S, how, <real>p.scale, n, t.kappa, t.base + lane,
                      t.total + lane, begin, t.seen + begin, lane, &t.later)
     else:
-        fused_plain(vectors, k + d, k_row, t.Qt + d*LANES + lane, p.D - d, S, how, <real>p.scale, n, t.kappa, t.base + lane,
+        fused_plain(vectors, k + d, of.k_row, t.Qt + d*LANES + lane, D - d, S, how, <real>p.scale, n, t.kappa, t.base + lane,
                     t.total + lane, begin, &t.later)
 
 
-cdef void segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, const real* v, int64_t block,
-                  const Parts* parts, bint masked) noexcept nogil:
-    # Vectors [first, first + vectors) against parts of one block; k and v point at its first key. Parts begin at even rows.
-    cdef const fastattn_problem* p = t.p
+cdef inline void few_parts(Task* t, int first, int vectors, Operands* of, int64_t block, Py_ssize_t n,
+                           const Parts* parts) noexcept nogil:
+    # Ob += Pt V over parts of a block, where rows are few
+    cdef int part
+    if t.few:
+        if of.in_turn:
+            of.poisoned = pack_values(t, block, n, False, of.clean)
+        for part in range(parts.n):
+            few_values(t, first, vectors, &of.values, parts.begin[part], parts.end[part])
+
+
+cdef bint settled_segment(Task* t, int first, int vectors, Operands* of, int64_t block, Py_ssize_t n, const Parts* parts,
+                          bint masked) noexcept nogil:
+    # Weights by the references as they are, and their sums, for few rows also with V; False, and nothing is done, if some
+    # weight has outgrown its reference.
     cdef Py_ssize_t lane = first*VL
-    cdef bint over = True
-    cdef bint cut = masked or t.bias != NULL
-    cdef bint look_at_values = t.careful and cut
+    cdef Py_ssize_t begin
     cdef Py_ssize_t i
     cdef int part
-
+    if (t.few and not masked and t.bias == NULL and t.p.softcap == 0 and of.keys.kind == of.values.kind
+            and not of.in_turn):
+        few_plain(t, first, vectors, of, parts.end[0])
+    else:
+        for part in range(parts.n):
+            begin = parts.begin[part]
+            weights(t, first, vectors, of, block, begin, parts.end[part] - begin, masked)
+        few_parts(t, first, vectors, of, block, n, parts)
+    for i in range(lane, lane + vectors*VL):
+        t.c[i] = 1
+    memcpy(t.before + lane, t.l + lane, vectors*VL*sizeof(real))
+    if not add_sums(vectors, t.total + lane, t.c + lane, t.l + lane):
+        return True
+    memcpy(t.l + lane, t.before + lane, vectors*VL*sizeof(real))
     clear_chains(vectors, t.total + lane)
-    if t.settled and finite_lanes(t.m + lane, vectors):
+    if t.few:
+        clear_block(t, first, vectors)
+        if of.in_turn:
+            pack_keys(t, block, n, False)
+    t.settled = False
+    return False
+
+
+cdef void segment(Task* t, int first, int vectors, Operands* of, int64_t block, Py_ssize_t n, const Parts* parts,
+                  bint masked) noexcept nogil:
+    # Vectors [first, first + vectors) against parts of one block. Parts begin at even rows.
+    cdef Py_ssize_t lane = first*VL
+    cdef int part
+
+    if of.in_turn:
+        pack_keys(t, block, n, not t.few)
+    clear_chains(vectors, t.total + lane)
+    if t.few:
+        clear_block(t, first, vectors)
+    if not (t.settled and finite_lanes(t.m + lane, vectors)
+            and settled_segment(t, first, vectors, of, block, n, parts, masked)):
         for part in range(parts.n):
-            weights(t, first, vectors, k, k_row, block, parts.begin[part], parts.end[part] - parts.begin[part], masked)
-        for i in range(lane, lane + vectors*VL):
-            t.c[i] = 1
-        memcpy(t.before + lane, t.l + lane, vectors*VL*sizeof(real))
-        over = add_sums(vectors, t.total + lane, t.c + lane, t.l + lane)
-        if over:
-            memcpy(t.l + lane, t.before + lane, vectors*VL*sizeof(real))
-            clear_chains(vectors, t.total + lane)
-            t.settled = False
-    if over:
-        for part in range(parts.n):
-            logits(t, first, vectors, k, k_row, block, parts.begin[part], parts.end[part] - parts.begin[part], masked)
+            logits(t, first, vectors, of, block, parts.begin[part], parts.end[part] - parts.begin[part], masked)
         new_reference(vectors, t.S + lane, parts, t.kappa, t.m + lane, t.base + lane, t.c + lane)
         for part in range(parts.n):
-            weigh_rows(vectors, False, t.S + parts.begin[part]*LANES + lane, parts.end[part] - parts.begin[part], t.kappa,
-                       t.base + lane, t.total + lane, parts.begin[part], NULL, 0)
+            weigh_rows(vectors, t.S + parts.begin[part]*LANES + lane, parts.end[part] - parts.begin[part], t.kappa,
+                       t.base + lane, t.total + lane, parts.begin[part], not t.few)
+        few_parts(t, first, vectors, of, block, n, parts)
         add_sums(vectors, t.total + lane, t.c + lane, t.l + lane)
 
-    t.cut |= cut
-    if look_at_values:
-        look_at_values = False
-        for part in range(parts.n):
-            look_at_values |= not all_finite(v + parts.begin[part]*p.value.row, p.value.row,
-                                             parts.end[part] - parts.begin[part], p.Dv if p.value.col == 1 else 0)
-    if p.value.col != 1 or look_at_values:
-        copied_values(t, first, vectors, v, block, parts, t.careful and cut, masked)
+    t.cut |= masked or t.bias != NULL
+    if t.few:
+        add_block(t, first, vectors)
     else:
-        product_t(vectors, v, p.value.row, t.S + lane, parts, t.Ot + lane, p.Dv, t.c + lane)
+        if of.in_turn:
+            of.poisoned = pack_values(t, block, n, True, of.clean)
+        product_t(vectors, of.v, of.v_row, t.S + lane, parts, t.Ot + lane, t.p.Dv, t.c + lane)
+    if of.poisoned:
+        add_poisoned(t, first, vectors, block, parts, masked)
 
 
 cdef inline void expect(Rows* rows, const void* at, Py_ssize_t row, Py_ssize_t n, Py_ssize_t size) noexcept nogil:
@@ -174,12 +281,14 @@ cdef void expect_masks(Task* t, int64_t block, int64_t end) noexcept nogil:
     cdef const fastattn_problem* p = t.p
     if block >= end:
         return
-    if t.bias != NULL and p.bias.col == 1 and p.bias_rows == NULL:
-        expect(&t.later.rows[t.later.n], t.bias + t.q_begin*p.bias.row + block, p.bias.row*sizeof(real), t.n_queries,
-               (end - block)*sizeof(real))
+    cdef Py_ssize_t row
+    cdef Py_ssize_t size = v_size(p.bias.kind)
+    if t.bias != NULL and p.bias.col == 1 and p.bias_rows == NULL and even_lanes(t, &p.bias, &row):
+        expect(&t.later.rows[t.later.n], t.bias + (lane_at(t, &p.bias, 0) + block)*size, row*size, t.n_queries,
+               (end - block)*size)
         t.later.n += 1
-    if t.mask != NULL and p.mask.col == 1:
-        expect(&t.later.rows[t.later.n], t.mask + t.q_begin*p.mask.row + block, p.mask.row, t.n_queries, end - block)
+    if t.mask != NULL and p.mask.col == 1 and even_lanes(t, &p.mask, &row):
+        expect(&t.later.rows[t.later.n], t.mask + lane_at(t, &p.mask, 0) + block, row, t.n_queries, end - block)
         t.later.n += 1
 
 
@@ -210,13 +319,36 @@ cdef void parts_of(uint64_t pairs, Py_ssize_t n, Parts* parts) noexcept nogil:
         pairs >>= length
 
 
+cdef void find_operands(Task* t, int64_t block, Py_ssize_t n, bint cut, Operands* of) noexcept nogil:
+    # Keys and values of a block: in place, or packed. cut: some lane may not see some key.
+    cdef const fastattn_problem* p = t.p
+    of.clean = t.careful and cut
+    of.poisoned = False
+    if t.few:
+        few_operands(t, block, n, of)
+    else:
+        of.packs_k = not (p.pages == NULL and p.key.col == 1
+                          and (p.key.kind == FASTATTN_REAL if WORD == 1 else p.key.row % 2 == 0))
+        of.packs_v = not (p.pages == NULL and p.value.col == 1 and p.value.kind == FASTATTN_REAL and not of.clean)
+        of.k_row = p.D//WORD if of.packs_k else p.key.row//WORD
+        of.k = t.packed_k if of.packs_k else <const real*>t.k + block*of.k_row
+        of.v_row = p.Dv if of.packs_v else p.value.row
+        of.v = t.packed_v if of.packs_v else <const real*>t.v + block*of.v_row
+    of.packs_v = of.packs_v and not t.second
+    of.in_turn = t.packed_k == t.packed_v and of.packs_k and of.packs_v
+    if of.in_turn:
+        return
+    if of.packs_k:
+        pack_keys(t, block, n, not t.few)
+    if of.packs_v:
+        of.poisoned = pack_values(t, block, n, not t.few, of.clean)
+
+
 cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
     # All lanes against keys [block, end). Neighbouring vectors that see about the same keys form a segment, so that at the
     # edge of a causal or windowed pattern the work follows the visible area.
     cdef const fastattn_problem* p = t.p
-    cdef const real* k = t.k + block*p.key.row
-    cdef const real* v = t.v + block*p.value.row
-    cdef Py_ssize_t k_row = p.key.row
+    cdef Operands of
     cdef Py_ssize_t n = end - block
     cdef Parts parts
     cdef uint64_t pairs[BLOCK_VECTORS]      # bit j: some lane of the vector sees key 2 j or 2 j + 1
@@ -229,24 +361,22 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
     cdef int first
     cdef Py_ssize_t j
     t.later.n = 0
-    if t.cold and p.value.col == 1:
-        expect(&t.later.rows[0], v, p.value.row*sizeof(real), n, p.Dv*sizeof(real))
+    if t.cold and p.value.col == 1 and p.pages == NULL:
+        expect(&t.later.rows[0], t.v + block*p.value.row*v_size(p.value.kind), p.value.row*v_size(p.value.kind), n,
+               p.Dv*v_size(p.value.kind))
         t.later.n = 1
-    expect_masks(t, end, min(t.k_end, end + BLOCK))
+    expect_masks(t, end, min(t.end, end + BLOCK))
     if how_much == NOTHING:
         return
-    if p.key.col != 1:
-        pack_rows(k, p.key.row, p.key.col, n, p.D, t.packed_k)
-        k = t.packed_k
-        k_row = p.D
+    find_operands(t, block, n, how_much == PART or t.bias != NULL, &of)
     if how_much == ALL:
         parts.n = 1
         parts.begin[0] = 0
         parts.end[0] = n
         if t.second:
-            weighed_segment(t, 0, t.vectors, k, k_row, block, &parts, False)
+            weighed_segment(t, 0, t.vectors, &of, block, &parts, False)
         else:
-            segment(t, 0, t.vectors, k, k_row, v, block, &parts, False)
+            segment(t, 0, t.vectors, &of, block, n, &parts, False)
         return
     for j in range(n//2):
         both[j] = t.seen[2*j] | t.seen[2*j + 1]
@@ -275,6 +405,6 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
         if seen != 0:
             parts_of(fill_gaps(seen), n, &parts)
             if t.second:
-                weighed_segment(t, first, g - first, k, k_row, block, &parts, True)
+                weighed_segment(t, first, g - first, &of, block, &parts, True)
             else:
-                segment(t, first, g - first, k, k_row, v, block, &parts, True)
+                segment(t, first, g - first, &of, block, n, &parts, True)

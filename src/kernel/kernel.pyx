@@ -3,7 +3,8 @@
 
 Walk: dispatch.pyx calls `run` once a task  →  this file (one task)  →  block.pxi (one block of keys)  →  softmax.pxi and
 products.pxi (the loops)  →  simd.h (vectors). Beside them tasks.pxi (which rows a task has), task.pxi (who sees what),
-logits.pxi (options), pack.pxi (moves), weights.pxi (the weights themselves).
+logits.pxi (options), pack.pxi (moves), few.pxi (the other path: few rows), weights.pxi (the weights themselves),
+store.pxi (new tokens of a cache).
 
 One task is (batch, head, block of queries); queries live in vector lanes. Memory of a task, reused for every task of a thread:
 
@@ -25,6 +26,9 @@ from libc.string cimport memcpy, memset
 
 include "abi.pxi"
 
+cdef extern from "threads.h" nogil:
+    int64_t fastattn_add(int64_t*, int64_t)
+
 cdef extern from *:
     # Keys of a block: P (96 x 256 bytes) and the block of V share a 48 KiB first-level cache at D = 64, and a sum of 96
     # products before it joins the running sum keeps the rounding error at that of pairwise schemes (docs/accuracy.md).
@@ -35,7 +39,7 @@ cdef enum:
     HEADROOM = 10           # a maximum may exceed the reference of the exponential by this power of two
     CHAINS = 8              # interleaved sums of a block's weights; BLOCK is even, so pairs of keys do not straddle blocks
     WASTE = 24              # vector x key products a wider segment may waste: narrow ones run at 0.8 of the speed
-    COPIED = 24             # columns of values that are copied at once where they cannot be read in place: whole tiles
+    PACKED_BYTES = 262144   # that keys and values of a block may take together where they are packed
     NARROW = 3              # pairs of keys between two parts of a block that are multiplied rather than skipped
     POLL_EVERY = 8          # blocks of keys between two looks at `stop`
 
@@ -44,9 +48,11 @@ include "pack.pxi"
 include "softmax.pxi"
 include "logits.pxi"
 include "task.pxi"
+include "few.pxi"
 include "block.pxi"
 include "tasks.pxi"
 include "weights.pxi"
+include "store.pxi"
 
 
 cdef double finish_row(Task* t, Py_ssize_t i) noexcept nogil:
@@ -58,7 +64,7 @@ cdef double finish_row(Task* t, Py_ssize_t i) noexcept nogil:
     cdef double sink = -INFINITY
     cdef double top
     if p.sinks != NULL:
-        sink = (<const real*>p.sinks)[t.h]
+        sink = (<const real*>p.sinks)[t.h + i//t.each]
     if l == 0:
         # Nothing is visible, or all visible scores are -inf, which came from infinite inputs: softmax of them is NaN.
         if sink - sink == 0 or not sees_any(t, i):
@@ -83,34 +89,32 @@ cdef void normalise(Task* t, real* lse) noexcept nogil:
         if t.l[i] == 0 or t.p.sinks != NULL or lse != NULL:
             row_lse = finish_row(t, i)
             if lse != NULL:
-                lse[i*t.p.lse.row] = <real>row_lse
+                lse[lane_at(t, &t.p.lse, i)] = <real>row_lse
 
 
-cdef void empty_rows(const fastattn_problem* p, Py_ssize_t n, real* out, real* lse) noexcept nogil:
+cdef void empty_rows(const fastattn_problem* p, const Place* place, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    # rows [begin, end) of the task's heads
+    cdef char* out
     cdef Py_ssize_t i, d
-    for i in range(n):
-        for d in range(p.Dv):
-            out[i*p.out.row + d*p.out.col] = 0
-        if lse != NULL:
-            lse[i*p.lse.row] = -INFINITY
-
-
-cdef Py_ssize_t aligned(Py_ssize_t n) noexcept nogil:
-    return (n + 15) // 16*16            # reals to whole cache lines, in either precision
-
-
-cdef size_t scratch(const fastattn_problem* p) noexcept nogil:
-    return sizeof(real)*<size_t>(aligned(p.D*LANES) + BLOCK*LANES + aligned(p.Dv*LANES) + (5 + CHAINS)*LANES
-                                 + aligned(BLOCK*p.D if p.key.col != 1 else 0)
-                                 + (BLOCK*(LANES + VL) if p.bias.data != NULL else 0)
-                                 + (BLOCK*VL if p.reduce != FASTATTN_OUTPUT else 0)
-                                 + BLOCK*COPIED) + <size_t>p.k*LANES*(sizeof(real) + sizeof(int64_t))
+    cdef int64_t h
+    if begin >= end:
+        return
+    for h in range(place.h, place.h + place.heads):
+        out = base_of(p, &p.out, place.b, h, p.cu_q, False)
+        for i in range(begin, end):
+            d = 0
+            while d < p.Dv:
+                v_store_as(out, i*p.out.row + d*p.out.col, p.out.col, v_zero(), p.Dv - d, p.out.kind)
+                d += VL
+        if p.lse.data != NULL:
+            for i in range(begin, end):
+                (<real*>base_of(p, &p.lse, place.b, h, p.cu_q, False))[i*p.lse.row] = -INFINITY
 
 
 cdef bint walk(Task* t, bint caller) noexcept nogil:
     # All blocks of keys; False if the call was abandoned.
     cdef const fastattn_problem* p = t.p
-    cdef int64_t block = t.k_begin - t.k_begin % BLOCK
+    cdef int64_t block = t.begin - t.begin % BLOCK
     cdef int count = 0
     cdef bint across = t.second and (p.reduce == FASTATTN_SUM or p.reduce == FASTATTN_MAX)
     cdef Py_ssize_t i
@@ -120,21 +124,21 @@ cdef bint walk(Task* t, bint caller) noexcept nogil:
         t.settled = True
         t.cut = False
         t.some = 0
-        memset(t.Ot, 0, p.Dv*LANES*sizeof(real))
+        memset(t.Ot, 0, (t.n_queries*whole(p.Dv) if t.few else p.Dv*LANES)*sizeof(real))
         for i in range(LANES):
             t.m[i] = -INFINITY
             t.l[i] = 0
     t.later.n = 0
-    expect_masks(t, block, min(t.k_end, block + BLOCK))
+    expect_masks(t, block, min(t.end, block + BLOCK))
     for a in range(t.later.n):
         for i in range(t.later.rows[a].left):
             v_fetch_later(t.later.rows[a].at + i*t.later.rows[a].row, t.later.rows[a].size)
     while next_block(t, &block):
         if across:
             memset(t.across, 0, BLOCK*VL*sizeof(real))
-        key_block(t, block, min(t.k_end, block + BLOCK))
+        key_block(t, block, min(t.end, block + BLOCK))
         if across:
-            reduce_lanes(t, block, min(t.k_end, block + BLOCK) - block)
+            reduce_lanes(t, block, min(t.end, block + BLOCK) - block)
         block += BLOCK
         count += 1
         if count % POLL_EVERY == 0 and p.stop != NULL:
@@ -145,37 +149,50 @@ cdef bint walk(Task* t, bint caller) noexcept nogil:
     return True
 
 
+cdef bint finite_output(const Task* t) noexcept nogil:
+    if t.few:
+        return all_finite(t.Ot, whole(t.p.Dv), t.n_queries, t.p.Dv)
+    return all_finite(t.Ot, LANES, t.p.Dv, t.vectors*VL)
+
+
 cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t caller, void* memory) noexcept nogil:
     cdef Task t
     cdef Place place
-    cdef Py_ssize_t rows
-    cdef real* out
+    cdef char* out
     cdef real* lse = NULL
     if p.reduce != FASTATTN_OUTPUT:
         run_weights(p, task, caller, memory)
         return
-    locate(p, n_tasks, task, &place)
-    rows = place.q_end - place.q_begin
-    if rows <= 0:
+    if not locate(p, task, &place):
         return
-    out = <real*>p.out.data + offset(p, &p.out, place.b, place.h, p.cu_q) + place.q_begin*p.out.row
-    if p.lse.data != NULL:
-        lse = <real*>p.lse.data + offset(p, &p.lse, place.b, place.h, p.cu_q) + place.q_begin*p.lse.row
     if not prepare(&t, p, &place, memory):
-        empty_rows(p, rows, out, lse)
+        empty_rows(p, &place, place.q_begin, place.q_end)
         return
-    empty_rows(p, rows - t.n_queries, out + t.n_queries*p.out.row, lse + t.n_queries*p.lse.row if lse != NULL else NULL)
-    t.cold = n_tasks <= 4*p.B*p.H
+    t.cold = not t.few and n_tasks <= 4*p.B*p.H
     expect_task(&t, n_tasks, task + 1)
     if not walk(&t, caller):
         return
-    if t.cut and not all_finite(t.Ot, LANES, p.Dv, t.vectors*VL):
+    if t.cut and not finite_output(&t):
         # 0 · NaN or 0 · Inf of a value may have reached lanes that do not see its key
         t.careful = True
+        t.found = -1
         if not walk(&t, caller):
             return
+    if t.few and place.splits > 1:
+        keep_state(&t, place.group, place.split)
+        if fastattn_add(<int64_t*>p.state + place.group, 1) + 1 < place.splits:
+            return
+        merge_states(&t, place.group, place.splits)
+    empty_rows(p, &place, t.q_begin + t.each, place.q_end)
+    out = base_of(p, &p.out, t.b, t.h, p.cu_q, False)
+    if p.lse.data != NULL:
+        lse = <real*>base_of(p, &p.lse, t.b, t.h, p.cu_q, False)
     normalise(&t, lse)
-    write_out(t.Ot, t.c, t.n_queries, t.vectors, p.Dv, out, p.out.row, p.out.col)
+    if t.few:
+        few_out(&t, out)
+    else:
+        write_out(t.Ot, t.c, t.n_queries, t.vectors, p.Dv, out + t.q_begin*p.out.row*v_size(p.out.kind), p.out.row, p.out.col,
+                  p.out.kind)
 
 
 cdef void exp2_array(const void* x, void* y, int64_t n) noexcept nogil:
@@ -204,23 +221,42 @@ cdef double peak(int64_t rounds) noexcept nogil:
         acc[j] = v_set1(<real>(rounds % 7) + <real>(j*0.1))     # unknown to the compiler: it folds chains it can see through
     for _i in range(rounds):
         for j in range(12):
-            acc[j] = v_fma(acc[j], a, b)
+            acc[j] = v_fma(acc[j], a, b) if WORD == 1 else v_dot(a, b, acc[j])
     for j in range(1, 12):
         acc[0] = v_add(acc[0], acc[j])
     v_store(sink, acc[0])
-    return rounds*12.0*VL*2 + (0 if sink[0] > -1 else 1)
+    return rounds*12.0*VL*2*WORD + (0 if sink[0] > -1 else 1)
+
+
+cdef double read_bytes(const void* p, int64_t n) noexcept nogil:
+    # Every whole line of n bytes, into four sums so that nothing but the memory is waited for.
+    cdef vf acc[4]
+    cdef const real* at = <const real*>p
+    cdef int64_t i
+    cdef int j
+    cdef real sink[VL]
+    for j in range(4):
+        acc[j] = v_zero()
+    for i in range(n // <int64_t>(4*VL*sizeof(real))):
+        for j in range(4):
+            acc[j] = v_max(acc[j], v_load(at + (4*i + j)*VL))
+    v_store(sink, v_max(v_max(acc[0], acc[1]), v_max(acc[2], acc[3])))
+    return sink[0]
 
 
 cdef fastattn_kernel kernel
 kernel.abi = FASTATTN_ABI
-kernel.bits = 8*sizeof(real)
+kernel.bits = 8*sizeof(real)//WORD
 kernel.lanes = LANES
 kernel.vector = VL
 kernel.tasks = tasks
+kernel.state = state
 kernel.scratch = scratch
 kernel.run = run
+kernel.store = store
 kernel.exp2 = exp2_array
 kernel.tanh = tanh_array
 kernel.peak = peak
+kernel.read = read_bytes
 
 table = PyCapsule_New(&kernel, "fastattn_kernel", NULL)

@@ -37,47 +37,66 @@ cdef void indexed_bias_tile(real* to, int vectors, Py_ssize_t n, const real* bia
                 v_store(to + j*LANES + first, v_load(lanes))
 
 
-cdef void bias_tile(real* to, int vectors, Py_ssize_t n, const real* bias, Py_ssize_t row, Py_ssize_t col,
-                    Py_ssize_t n_queries, real* lines) noexcept nogil:
-    # to[j, i] = bias[i, j]; bias points at the first query and key of the tile. Lanes past the last query read its row: they
-    # are never written out.
-    cdef v_square t
-    cdef Py_ssize_t j, i, first, whole
+cdef void row_of_bias(const Task* t, const char* bias, Py_ssize_t i, bint even, Py_ssize_t row, Py_ssize_t begin, Py_ssize_t n,
+                      real* line) noexcept nogil:
+    # line[j] = element j of row i: begin <= j < n
+    cdef const fastattn_array* a = &t.p.bias
+    cdef Py_ssize_t j = begin
+    cdef int64_t at
+    if even:
+        at = i*row
+    else:
+        at = lane_at(t, a, i)
+    while j < n:
+        v_store(line + j, load_row(bias, at + j*a.col, a.col, n - j, a.kind))
+        j += VL
+
+
+cdef void bias_tile(Task* t, real* to, Py_ssize_t lane, int vectors, int64_t key, Py_ssize_t n) noexcept nogil:
+    # to[j, i] = bias of lane + i and key + j. Lanes past the last query read its row: they are never written out.
+    cdef const fastattn_array* a = &t.p.bias
+    cdef const char* bias = t.bias + key*a.col*v_size(a.kind)
+    cdef Py_ssize_t n_queries = t.n_queries - lane
+    cdef v_square square
+    cdef Py_ssize_t j, i, first, whole, row
+    cdef bint even = even_lanes(t, a, &row)
     cdef int g
     cdef vf b
-    if row == 0:                        # one value a key, for all queries
+    if even and row == 0:               # one value a key, for all queries
         for j in range(n):
-            b = v_set1(bias[j*col])
+            b = v_set1(real_at(bias, j*a.col, a.kind))
             for g in range(vectors):
                 v_store(to + j*LANES + g*VL, b)
         return
+    if even:
+        bias += lane_at(t, a, lane)*v_size(a.kind)
     for g in range(vectors):
         first = g*VL
-        if row == 1:                    # queries are contiguous: tables over j - i, transposed arrays
+        if even and row == 1:           # queries are contiguous: tables over j - i, transposed arrays
             for j in range(n):
-                v_store(to + j*LANES + first, v_load_part(bias + first + j*col, n_queries - first))
+                v_store(to + j*LANES + first, v_load_part_as(bias, first + j*a.col, n_queries - first, a.kind))
             continue
         # Whole squares where they lie; what is left, a row at a time into `lines`.
-        whole = n//VL*VL if col == 1 and first + VL <= n_queries else 0
+        whole = 0
+        if even and a.kind == FASTATTN_REAL and a.col == 1 and first + VL <= n_queries:
+            whole = n//VL*VL
         j = 0
         while j < whole:
-            v_move_square(bias + first*row + j, row, to + j*LANES + first, LANES)
+            v_move_square(<const real*>bias + first*row + j, row, to + j*LANES + first, LANES)
             j += VL
         for i in range(VL):
-            j = whole
-            while j < n:
-                v_store(lines + i*BLOCK + j, load_row(bias + min(first + i, n_queries - 1)*row + j*col, col, n - j))
-                j += VL
+            row_of_bias(t, bias, min(first + i, n_queries - 1) + (0 if even else lane), even, row, whole, n,
+                        t.lines + i*BLOCK)
         j = whole
         while j < n:
             if n - j >= VL:
-                v_move_square(lines + j, BLOCK, to + j*LANES + first, LANES)
+                v_move_square(t.lines + j, BLOCK, to + j*LANES + first, LANES)
             else:
                 for i in range(VL):
-                    t.row[i] = v_load(lines + i*BLOCK + j)
-                v_transpose(&t)
+                    square.row[i] = v_load(t.lines + i*BLOCK + j)
+                v_transpose(&square)
                 for i in range(n - j):
-                    v_store(to + (j + i)*LANES + first, t.row[i])
+                    v_store(to + (j + i)*LANES + first, square.row[i])
             j += VL
 
 
@@ -97,6 +116,18 @@ cdef void hide_pass(real* S, int vectors, Py_ssize_t n, const uint64_t* seen, in
     for j in range(n):
         for g in range(vectors):
             v_store(S + j*LANES + g*VL, v_hide(v_load(S + j*LANES + g*VL), seen[j] >> (shift + g*VL)))
+
+
+cdef bint finite_words(const real* a, Py_ssize_t n) noexcept nogil:
+    # of both halves of words: read as a float32, a word is as finite as its upper half
+    cdef vf x = v_zero()
+    cdef vf y
+    cdef Py_ssize_t i = 0
+    while i < n:
+        y = v_load_part(a + i, n - i)
+        x = v_fma(y, v_zero(), v_fma(v_low(y), v_zero(), x))
+        i += VL
+    return not v_any_nan(x)
 
 
 cdef bint all_finite(const real* a, Py_ssize_t row, Py_ssize_t n_rows, Py_ssize_t n) noexcept nogil:

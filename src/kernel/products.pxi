@@ -11,6 +11,9 @@
 #     mr │  k │ │  mr x nv   │ C          nv = 4: 6 x 4, 3: 8 x 3, 2: 12 x 2, 1: 16 x 1
 #        └────┘ └────────────┘
 #
+# Where the instruction set has them, products take pairs (WORD = 2): a real of A and B is then a word of two bfloat16 along
+# the inner axis k. In T a pair is two rows of A, zipped, and B has it in the place of the first of its two rows.
+#
 # `mr` and `nv` are literals at every call: the loops over them must unroll completely, or acc leaves the registers.
 # The sum over k is one chain of FMAs for each element, whatever the tile: the bits of C do not depend on the tiling.
 
@@ -55,9 +58,9 @@ cdef inline void tile_n(const int mr, const int nv, const real* A, Py_ssize_t ld
         for j in range(nv):
             b[j] = v_load(B + k*LANES + j*VL)
         for i in range(mr):
-            a = v_set1(A[i*lda + k])
+            a = v_word(A + i*lda + k)
             for j in range(nv):
-                acc[i][j] = v_fma(a, b[j], acc[i][j])
+                acc[i][j] = v_dot(a, b[j], acc[i][j])
     store_tile(mr, nv, acc, C, how, scale)
 
 
@@ -78,13 +81,13 @@ cdef inline void tile_t(const int mr, const int nv, const real* A, Py_ssize_t ld
         for j in range(nv):
             acc[i][j] = v_zero()
     for part in range(parts.n):
-        for k in range(parts.begin[part], parts.end[part]):
+        for k in range(parts.begin[part]//WORD, (parts.end[part] + WORD - 1)//WORD):
             for j in range(nv):
-                b[j] = v_load(B + k*LANES + j*VL)
+                b[j] = v_load(B + k*WORD*LANES + j*VL)
             for i in range(mr):
-                a = v_set1(A[k*lda + i])
+                a = v_word(A + k*lda + i)
                 for j in range(nv):
-                    acc[i][j] = v_fma(a, b[j], acc[i][j])
+                    acc[i][j] = v_dot(a, b[j], acc[i][j])
     # One rounding for rescaling the older sum and adding this block's: where the maximum did not grow c is 1 and exact.
     for j in range(nv):
         b[j] = v_load(c + j*VL)
@@ -126,7 +129,7 @@ cdef inline void fetch(const real* A, Py_ssize_t lda, Py_ssize_t n, Py_ssize_t m
     cdef Py_ssize_t i
     cdef int a
     for i in range(m):
-        v_fetch_soon(A + i*lda, n)
+        v_fetch_soon(<const char*>(A + i*lda), n*sizeof(real))
     for a in range(later.n):
         fetch_rows(&later.rows[a], m)
     if later.at < later.n_next:

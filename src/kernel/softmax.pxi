@@ -25,10 +25,10 @@ cdef inline vf weight(vf s, vf base, vf kappa, const bint masked, uint64_t seen)
     return v_keep(x, seen) if masked else x
 
 
-cdef inline void weigh(const int nv, const bint masked, real* S, Py_ssize_t n, real kappa, const real* m, real* total,
-                       Py_ssize_t first, const uint64_t* seen, int shift) noexcept nogil:
+cdef inline void weigh(const int nv, const bint masked, const bint words, real* S, Py_ssize_t n, real kappa, const real* m,
+                       real* total, Py_ssize_t first, const uint64_t* seen, int shift) noexcept nogil:
     # P = 2^((S - m) κ) in place for n rows of a block, from its even row `first` on, and their sums. seen[j] >> shift: the
-    # lanes that see row j.
+    # lanes that see row j. `words`: pairs of rows become one word each, in the place of the first.
     cdef vf base[4]
     cdef vf k = v_set1(kappa)
     cdef vf x, y
@@ -43,42 +43,52 @@ cdef inline void weigh(const int nv, const bint masked, real* S, Py_ssize_t n, r
         pair = j + 1 < n
         for g in range(nv):
             x = weight(v_load(S + g*VL), base[g], k, masked, seen[j] >> (shift + g*VL) if masked else 0)
-            v_store(S + g*VL, x)
+            y = v_zero()
             if pair:
                 y = weight(v_load(S + LANES + g*VL), base[g], k, masked, seen[j + 1] >> (shift + g*VL) if masked else 0)
-                v_store(S + LANES + g*VL, y)
+                if not words:
+                    v_store(S + LANES + g*VL, y)
+            v_store(S + g*VL, v_pair(x, y) if words else x)
+            if pair:
                 x = v_add(x, y)
             v_store(chain + g*VL, v_add(v_load(chain + g*VL), x))
         j += 2
         S += 2*LANES
 
 
-cdef void weigh_rows(int vectors, bint masked, real* S, Py_ssize_t n, real kappa, const real* m, real* total,
-                     Py_ssize_t first, const uint64_t* seen, int shift) noexcept nogil:
+cdef inline void weigh_vectors(const bint masked, const bint words, int vectors, real* S, Py_ssize_t n, real kappa,
+                               const real* m, real* total, Py_ssize_t first, const uint64_t* seen, int shift) noexcept nogil:
     while vectors >= 4 and not masked:
-        weigh(4, False, S, n, kappa, m, total, first, seen, shift)
+        weigh(4, False, words, S, n, kappa, m, total, first, seen, shift)
         S += 4*VL
         m += 4*VL
         total += 4*VL
         vectors -= 4
     if vectors == 3 and not masked:
-        weigh(3, False, S, n, kappa, m, total, first, seen, shift)
+        weigh(3, False, words, S, n, kappa, m, total, first, seen, shift)
         return
     while vectors >= 2:
-        if masked:
-            weigh(2, True, S, n, kappa, m, total, first, seen, shift)
-        else:
-            weigh(2, False, S, n, kappa, m, total, first, seen, shift)
+        weigh(2, masked, words, S, n, kappa, m, total, first, seen, shift)
         S += 2*VL
         m += 2*VL
         total += 2*VL
         shift += 2*VL
         vectors -= 2
     if vectors == 1:
-        if masked:
-            weigh(1, True, S, n, kappa, m, total, first, seen, shift)
-        else:
-            weigh(1, False, S, n, kappa, m, total, first, seen, shift)
+        weigh(1, masked, words, S, n, kappa, m, total, first, seen, shift)
+
+
+cdef void weigh_rows(int vectors, real* S, Py_ssize_t n, real kappa, const real* m, real* total, Py_ssize_t first,
+                     bint words) noexcept nogil:
+    if WORD == 2 and words:
+        weigh_vectors(False, True, vectors, S, n, kappa, m, total, first, NULL, 0)
+    else:
+        weigh_vectors(False, False, vectors, S, n, kappa, m, total, first, NULL, 0)
+
+
+cdef void weigh_masked(int vectors, real* S, Py_ssize_t n, real kappa, const real* m, real* total, Py_ssize_t first,
+                       const uint64_t* seen, int shift) noexcept nogil:
+    weigh_vectors(True, WORD == 2, vectors, S, n, kappa, m, total, first, seen, shift)
 
 
 cdef void clear_chains(int vectors, real* total) noexcept nogil:
@@ -105,7 +115,7 @@ cdef inline void tile_n_weighing(const int mr, const int nv, const bint masked, 
     # mr * nv accumulators stay in registers: what the exponential needs besides is read from memory each time.
     cdef vf acc[16][4]
     cdef vf b[4]
-    cdef vf a, x
+    cdef vf a, x, y
     cdef Py_ssize_t k = 0
     cdef Py_ssize_t stop
     cdef int i, j, r
@@ -118,18 +128,21 @@ cdef inline void tile_n_weighing(const int mr, const int nv, const bint masked, 
         for j in range(nv):
             x = weight(v_load(W + r*LANES + j*VL), v_load(m + j*VL), v_set1(kappa), masked,
                        seen[r] >> (shift + j*VL) if masked else 0)
-            v_store(W + r*LANES + j*VL, x)
+            if WORD == 1 or r % 2 == 0:
+                v_store(W + r*LANES + j*VL, x)
             if r % 2 == 1:
-                x = v_add(v_load(W + (r - 1)*LANES + j*VL), x)
-                v_store(chain + j*VL, v_add(v_load(chain + j*VL), x))
+                y = v_load(W + (r - 1)*LANES + j*VL)
+                if WORD == 2:
+                    v_store(W + (r - 1)*LANES + j*VL, v_pair(y, x))
+                v_store(chain + j*VL, v_add(v_load(chain + j*VL), v_add(y, x)))
         stop = n*(r + 1)//mr
         while k < stop:
             for j in range(nv):
                 b[j] = v_load(B + k*LANES + j*VL)
             for i in range(mr):
-                a = v_set1(A[i*lda + k])
+                a = v_word(A + i*lda + k)
                 for j in range(nv):
-                    acc[i][j] = v_fma(a, b[j], acc[i][j])
+                    acc[i][j] = v_dot(a, b[j], acc[i][j])
             k += 1
     store_tile(mr, nv, acc, C, how, scale)
 
@@ -167,7 +180,10 @@ cdef inline void fused_columns(const int nv, const bint masked, const real* A, P
         S += rows_of(nv)*LANES
         left -= rows_of(nv)
     columns_n(nv, A, lda, B, n, S, left, how, scale, later)
-    weigh_rows(nv, masked, waiting, (S - waiting)//LANES + left, kappa, m, total, first, seen, shift)
+    if masked:
+        weigh_masked(nv, waiting, (S - waiting)//LANES + left, kappa, m, total, first, seen, shift)
+    else:
+        weigh_rows(nv, waiting, (S - waiting)//LANES + left, kappa, m, total, first, True)
 
 
 cdef inline void fused_groups(const bint masked, int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n,

@@ -2,25 +2,32 @@
 
 cdef struct Task:
     const fastattn_problem* p
+    # Lane i is row q_begin + i % each of head h + i // each. All heads of a task read the same keys and values.
     int64_t b, h
-    Py_ssize_t q_begin              # first query of the block
-    Py_ssize_t n_queries            # valid ones; rows past query_lengths are not
+    Py_ssize_t q_begin, each, heads
+    Py_ssize_t n_queries            # valid lanes; rows past query_lengths are not
     int vectors
+    bint few                        # lanes of the products run over D and Dv: few.pxi
     # Lane i sees keys lo[i] <= j < hi[i], of which the mask may hide some. Some lane sees [k_begin, k_end), all see
-    # [full_begin, full_end).
+    # [full_begin, full_end). The task itself walks [begin, end) of them.
     int64_t lo[LANES]
     int64_t hi[LANES]
     int64_t k_begin, k_end, full_begin, full_end
+    int64_t begin, end
+    int64_t hole_begin, hole_end    # keys that nobody sees
     uint64_t lanes                  # bits of the block's lanes
     uint64_t words[BLOCK]
     const uint64_t* seen            # [BLOCK] the lanes that see each key of the present block, where not all see all
     uint64_t some                   # the lanes that have seen some key, as far as masks say
     int64_t tile, tile_begin, tile_end      # the present one and the range of p.tiles for these rows
     int tile_shift                  # bit of the first row
-    const real* q
-    const real* k
-    const real* v
-    const real* bias
+    uint64_t tile_rows, repeat      # bits of its rows that a head has; times repeat, those of all heads
+    const char* k                   # of the batch and head
+    const char* v
+    const float* k_scale
+    const float* v_scale
+    const int32_t* pages            # table of the batch, or NULL
+    const char* bias
     const uint8_t* mask
     real kappa                      # logits of S to exponents of 2; > 0
     bint cold                       # few blocks of queries share these keys: worth fetching the values early
@@ -31,7 +38,7 @@ cdef struct Task:
     bint second                     # the second walk, over weights: references and sums are final
     uint64_t nan_rows               # lanes whose weights are NaN
     int64_t chunk
-    # scratch
+    # scratch; few: Qt is Q [LANES][D'] and Ot is O [LANES][Dv'], of whole vectors
     real* Qt
     real* S
     real* Ot
@@ -46,8 +53,15 @@ cdef struct Task:
     real* across                    # [BLOCK][VL] a block's weights, reduced over vectors of queries
     real* top                       # [LANES][k] the largest scores of each lane, descending
     int64_t* top_at                 # and their keys
-    real* packed_k
-    real* copied                    # [BLOCK][COPIED] values
+    real* packed_k                  # [BLOCK][D] keys and [BLOCK][Dv] values of a block, where they are not read in place
+    real* packed_v
+    # few rows
+    real* Ob                        # [LANES][Dv'] what a block adds to O
+    real* sums                      # [3][SCORES]
+    int64_t* k_at                   # [2][ROOM] elements from k to the rows of the present block and of the next one
+    int64_t* v_at
+    int64_t* packed_at              # [2][ROOM] and to those that were packed, keys and values
+    int64_t found                   # the block whose rows were looked up ahead
 
 
 cdef inline int64_t lead_offset(const fastattn_problem* p, const int64_t* strides, int64_t b) noexcept nogil:
@@ -65,6 +79,26 @@ cdef inline int64_t offset(const fastattn_problem* p, const fastattn_array* a, i
     return h*a.head + lead_offset(p, a.lead, b) + (cu[b]*a.row if cu != NULL else 0)
 
 
+cdef inline int64_t lane_at(const Task* t, const fastattn_array* a, Py_ssize_t i) noexcept nogil:
+    # Elements from row 0 of the task's first head to the row of lane i < n_queries.
+    if t.heads == 1:
+        return (t.q_begin + i)*a.row
+    return i // t.each*a.head + (t.q_begin + i % t.each)*a.row
+
+
+cdef inline bint even_lanes(const Task* t, const fastattn_array* a, Py_ssize_t* row) noexcept nogil:
+    # Whether the rows of successive lanes lie equally far apart, and how far.
+    row[0] = a.row if t.heads == 1 or t.each > 1 else a.head
+    return t.heads == 1 or t.each == 1 or a.head == t.each*a.row
+
+
+cdef inline int64_t key_at(const Task* t, const fastattn_array* a, int64_t key) noexcept nogil:
+    # elements from the array's begin to the row of a key; of pages without visible keys, to somewhere inside
+    if t.pages == NULL:
+        return key*a.row
+    return max(t.pages[key // t.p.page], <int32_t>0)*a.lead[0] + key % t.p.page*a.row
+
+
 cdef void intervals(Task* t, int64_t n_keys) noexcept nogil:
     # Causal, window and lengths are one interval a lane. Lanes past the last query repeat it, so that they never make a
     # full tile partial; an empty lane has lo = hi = 0.
@@ -72,13 +106,16 @@ cdef void intervals(Task* t, int64_t n_keys) noexcept nogil:
     cdef int64_t at, lo, hi
     cdef int64_t first = p.query_offset[t.b] if p.query_offset != NULL else p.offset
     cdef Py_ssize_t i
+    cdef Py_ssize_t row = 0
     cdef bint past
     t.k_begin = n_keys
     t.k_end = 0
     t.full_begin = 0
     t.full_end = n_keys
     for i in range(t.vectors*VL):
-        at = t.q_begin + min(i, t.n_queries - 1)
+        at = t.q_begin + row
+        if i + 1 < t.n_queries:
+            row = row + 1 if row + 1 < t.each else 0
         if p.rows != NULL:
             at = p.rows[at]
         past = p.rows != NULL and p.query_lengths != NULL and at >= p.query_lengths[t.b]
@@ -100,23 +137,22 @@ cdef void intervals(Task* t, int64_t n_keys) noexcept nogil:
 cdef void hide_masked(Task* t, int64_t block, Py_ssize_t n) noexcept nogil:
     # words[j] &= the lanes i whose mask[i, j] is not 0. Bytes along keys become bits along lanes: eight rows make a row of
     # bytes, eight of those a row of words.
-    cdef Py_ssize_t row = t.p.mask.row
     cdef Py_ssize_t col = t.p.mask.col
-    cdef const uint8_t* mask = t.mask + t.q_begin*row + block*col
+    cdef const uint8_t* mask = t.mask + block*col
     cdef const uint8_t* line
     cdef uint8_t octets[8][BLOCK]
     cdef uint8_t packed[BLOCK]
     cdef uint8_t* octet
     cdef uint8_t bit
     cdef Py_ssize_t i, j
-    if row == 0:
+    if t.p.mask.row == 0 and (t.heads == 1 or t.p.mask.head == 0):
         for j in range(n):
             if mask[j*col] == 0:
                 t.words[j] = 0
         return
     memset(octets, 0, sizeof(octets))
     for i in range(t.vectors*VL):
-        line = mask + min(i, t.n_queries - 1)*row
+        line = mask + lane_at(t, &t.p.mask, min(i, t.n_queries - 1))
         if col != 1:
             for j in range(n):
                 packed[j] = line[j*col]
@@ -140,7 +176,9 @@ cdef bint next_block(Task* t, int64_t* block) noexcept nogil:
         if t.tile == t.tile_end:
             return False
         block[0] = tiles.block[t.tile]*<int64_t>BLOCK
-    return block[0] < t.k_end
+    elif block[0] >= t.hole_begin and block[0] + BLOCK <= t.hole_end:
+        block[0] = t.hole_end - t.hole_end % BLOCK
+    return block[0] < t.end
 
 
 cdef enum Look:
@@ -156,16 +194,17 @@ cdef Look look(Task* t, int64_t block, int64_t end) noexcept nogil:
     cdef Py_ssize_t n = end - block
     cdef Py_ssize_t i, j, begin, stop
     cdef bint full = t.full_begin <= block and t.full_end >= end
+    cdef bint hole = t.hole_begin < end and t.hole_end > block
     cdef uint64_t lanes
     cdef uint64_t some = 0
     cdef uint64_t every = t.lanes
     if tiles.first != NULL and tiles.word[t.tile] >= 0:
         words = tiles.words + tiles.word[t.tile]*<int64_t>BLOCK
-    if full and t.mask == NULL and words == NULL:
+    if full and t.mask == NULL and words == NULL and not hole:
         t.some = t.lanes
         return ALL
     t.seen = t.words
-    if full and t.mask == NULL and t.lanes == ~<uint64_t>0:
+    if full and t.mask == NULL and not hole and t.lanes == ~<uint64_t>0 and t.heads == 1:
         t.seen = words
     elif full:
         for j in range(n):
@@ -188,7 +227,10 @@ cdef Look look(Task* t, int64_t block, int64_t end) noexcept nogil:
         hide_masked(t, block, n)
     if words != NULL and t.seen != words:
         for j in range(n):
-            t.words[j] &= words[j] >> t.tile_shift
+            t.words[j] &= (words[j] >> t.tile_shift & t.tile_rows)*t.repeat
+    if hole:
+        for j in range(max(<int64_t>0, t.hole_begin - block), min(<int64_t>n, t.hole_end - block)):
+            t.words[j] = 0
     for j in range(n):
         some |= t.seen[j]
         every &= t.seen[j]
@@ -198,18 +240,22 @@ cdef Look look(Task* t, int64_t block, int64_t end) noexcept nogil:
 
 cdef bint biased_away(const Task* t, Py_ssize_t i, int64_t j) noexcept nogil:
     cdef const fastattn_problem* p = t.p
+    cdef int64_t at
     if t.bias == NULL:
         return False
     if p.bias_rows != NULL:
-        return t.bias[p.bias_rows[t.q_begin + i] + p.bias_cols[j]] < -REAL_MAX
-    return t.bias[(t.q_begin + i)*p.bias.row + j*p.bias.col] < -REAL_MAX
+        at = p.bias_rows[t.q_begin + i] + p.bias_cols[j]
+    else:
+        at = lane_at(t, &p.bias, i) + j*p.bias.col
+    return real_at(t.bias, at, p.bias.kind) < -REAL_MAX
 
 
 cdef bint sees_any(Task* t, Py_ssize_t i) noexcept nogil:
-    # Whether lane i sees a key, bias included: for the rare row whose weights are all zero.
+    # Whether lane i sees a key, in any split, bias included: for the rare row whose weights are all zero.
     cdef int64_t block = t.k_begin - t.k_begin % BLOCK
     cdef int64_t end, j
     cdef Look seen
+    t.end = t.k_end
     if t.some >> i & 1 == 0:
         return False
     if t.bias == NULL:

@@ -22,44 +22,139 @@ cdef int64_t blocks(int64_t L, int64_t heads, int64_t threads, bint whole) noexc
     return best
 
 
-cdef int64_t tasks(const fastattn_problem* p, int64_t threads) noexcept nogil:
-    if p.reduce != FASTATTN_OUTPUT:
-        return p.B*p.H*p.chunks
-    return p.B*p.H*blocks(p.L, p.B*p.H, threads, p.tiles.first != NULL or p.cu_q != NULL)
-
-
-cdef struct Place:
-    int64_t b, h, q_begin, q_end
-
-
 cdef inline int64_t rows_of_batch(const int64_t* cu, int64_t b, int64_t most) noexcept nogil:
     return cu[b + 1] - cu[b] if cu != NULL else most
 
 
-cdef void locate(const fastattn_problem* p, int64_t n_tasks, int64_t task, Place* place) noexcept nogil:
-    # Which rows of which head: vectors [n q / N, n (q + 1) / N) of its n vectors, or none. The last rows see most when causal:
-    # longest first. Else in the order of memory: a window moves on over keys that are still in the cache.
-    cdef int64_t n_blocks = n_tasks // (p.B*p.H)
-    cdef int64_t q_block = task % n_blocks
-    cdef int64_t L, n_vectors, width
-    place.b = task // n_blocks // p.H
-    place.h = task // n_blocks % p.H
+cdef inline int64_t queries_of(const fastattn_problem* p, int64_t b) noexcept nogil:
+    # valid ones
+    cdef int64_t n = rows_of_batch(p.cu_q, b, p.L)
+    return min(n, p.query_lengths[b]) if p.query_lengths != NULL and p.rows == NULL else n
+
+
+cdef inline int64_t keys_of(const fastattn_problem* p, int64_t b) noexcept nogil:
+    return p.kv_lengths[b] if p.kv_lengths != NULL else rows_of_batch(p.cu_k, b, p.S)
+
+
+cdef inline bint are_few(const fastattn_problem* p, int64_t rows) noexcept nogil:
+    # By the rows of the sequence alone: what else is in the call must not change its bits.
+    return 0 < rows <= (FEW if LANES > FEW else LANES) and not p.one_path and p.reduce == FASTATTN_OUTPUT
+
+
+cdef inline int64_t heads_together(const fastattn_problem* p, int64_t rows) noexcept nogil:
+    # Query heads of one key head in a task of few rows: a divisor of their number that the lanes can hold.
+    cdef int64_t group = p.H // p.Hkv
+    cdef int64_t n = min(group, LANES // rows)
+    if p.bias_rows != NULL or (p.tiles.first != NULL and p.tiles.head != 0):
+        return 1
+    while group % n:
+        n -= 1
+    return n
+
+
+cdef inline int64_t splits_of(int64_t keys) noexcept nogil:
+    return max(<int64_t>1, (keys + SPLIT - 1) // SPLIT)
+
+
+cdef int64_t tasks(fastattn_problem* p, int64_t threads) noexcept nogil:
+    # Batch b has tasks b * batch_tasks on: with many rows `blocks` for each head; with few, for each key head, `splits` of
+    # the keys for each of the groups of heads that go together. Those that a batch does not need do nothing.
+    cdef int64_t most_groups = 0        # of a batch with few rows
+    cdef int64_t most_keys = 0
+    cdef int64_t most_lanes = 0
+    cdef bint many = False
+    cdef int64_t b, rows, heads
+    cdef int64_t last = p.B if p.cu_q != NULL or p.query_lengths != NULL or p.kv_lengths != NULL else min(p.B, <int64_t>1)
+    p.blocks = p.splits = p.groups = p.record = 0
+    if p.reduce != FASTATTN_OUTPUT:
+        p.batch_tasks = p.H*p.chunks
+        return p.B*p.batch_tasks
+    for b in range(last):
+        rows = queries_of(p, b)
+        if are_few(p, rows):
+            heads = heads_together(p, rows)
+            most_groups = max(most_groups, p.H // heads)
+            most_keys = max(most_keys, keys_of(p, b))
+            most_lanes = max(most_lanes, heads*rows)
+        else:
+            many = True
+    if many:
+        p.blocks = blocks(p.L, p.B*p.H, threads, p.tiles.first != NULL or p.cu_q != NULL)
+    if most_groups > 0:
+        p.splits = splits_of(most_keys)
+        if p.splits > 1:
+            p.groups = p.B*most_groups
+            p.record = aligned(2*LANES + 16 + most_lanes*whole(p.Dv))*sizeof(real)
+    p.batch_tasks = max(p.H*p.blocks, most_groups*p.splits)
+    return p.B*p.batch_tasks
+
+
+cdef size_t state(const fastattn_problem* p) noexcept nogil:
+    return 0 if p.groups == 0 else <size_t>((p.groups*8 + 63)//64*64 + p.groups*p.splits*p.record)
+
+
+cdef struct Place:
+    int64_t b, h, q_begin, q_end
+    int64_t heads                   # from h on, all of one key head
+    bint few
+    int64_t group, split, splits    # of few rows
+
+
+cdef bint locate(const fastattn_problem* p, int64_t task, Place* place) noexcept nogil:
+    # Which rows of which heads, and for few rows which keys; False if there is nothing to do.
+    cdef int64_t at = task % p.batch_tasks
+    cdef int64_t n_blocks = p.blocks
+    cdef int64_t L, n_vectors, width, q_block, parts
+    place.b = task // p.batch_tasks
+    L = queries_of(p, place.b)
+    place.few = are_few(p, L)
+    place.heads = 1
+    place.q_begin = 0
+    if place.few:
+        # Heads that read the same keys follow each other: the keys are in the cache then.
+        place.heads = heads_together(p, L)
+        parts = p.H // p.Hkv // place.heads
+        place.splits = splits_of(keys_of(p, place.b))
+        place.split = at // parts % p.splits
+        place.h = (at // parts // p.splits*parts + at % parts)*place.heads
+        place.group = place.b*(p.groups // p.B) + place.h // place.heads
+        place.q_end = rows_of_batch(p.cu_q, place.b, p.L)
+        return place.h < p.H and place.split < place.splits
+    # Many: vectors [n q / N, n (q + 1) / N) of the n vectors of a head. The last rows see most when causal: longest first.
+    # Else in the order of memory: a window moves on over keys that are still in the cache.
     L = rows_of_batch(p.cu_q, place.b, p.L)
+    place.h = at // n_blocks
+    q_block = at % n_blocks
     if p.cu_q != NULL or p.tiles.first != NULL:
         # Shorter sequences have fewer blocks, and tiles want whole groups of rows: equal blocks of the longest one's width.
         width = LANES // (n_blocks // ((p.L + LANES - 1) // LANES))
         n_blocks = (L + width - 1) // width
     if p.left >= p.S and p.right < p.S:
         q_block = n_blocks - 1 - q_block
-    if q_block < 0 or q_block >= n_blocks:
-        place.q_begin = place.q_end = L
-    elif p.tiles.first != NULL:
+    if q_block < 0 or q_block >= n_blocks or place.h >= p.H:
+        return False
+    if p.tiles.first != NULL:
         place.q_begin = q_block*width
         place.q_end = min(L, (q_block + 1)*width)
     else:
         n_vectors = (L + VL - 1) // VL
         place.q_begin = n_vectors*q_block // n_blocks*VL
         place.q_end = min(L, n_vectors*(q_block + 1) // n_blocks*VL)
+    return place.q_begin < place.q_end
+
+
+cdef inline char* base_of(const fastattn_problem* p, const fastattn_array* a, int64_t b, int64_t h, const int64_t* cu,
+                          bint paged) noexcept nogil:
+    # the first row of a batch and head; of the first page, where keys are paged
+    return <char*>a.data + (h*a.head if paged else offset(p, a, b, h, cu))*v_size(a.kind)
+
+
+cdef void expect_array(Ahead* later, const fastattn_problem* p, const fastattn_array* a, int64_t b, int64_t h,
+                       const int64_t* cu, int64_t first, int64_t n, Py_ssize_t columns) noexcept nogil:
+    cdef Py_ssize_t size = v_size(a.kind)
+    if a.col == 1 and n > 0:
+        expect(&later.next[later.n_next], base_of(p, a, b, h, cu, False) + first*a.row*size, a.row*size, n, columns*size)
+        later.n_next += 1
 
 
 cdef void expect_task(Task* t, int64_t n_tasks, int64_t task) noexcept nogil:
@@ -71,52 +166,97 @@ cdef void expect_task(Task* t, int64_t n_tasks, int64_t task) noexcept nogil:
     cdef int64_t h_kv, n
     later.at = 0
     later.n_next = 0
-    if p.out.col == 1:
-        expect(&later.next[0], <const real*>p.out.data + offset(p, &p.out, t.b, t.h, p.cu_q) + t.q_begin*p.out.row,
-               p.out.row*sizeof(real), t.n_queries, p.Dv*sizeof(real))
-        later.n_next = 1
-    if task >= n_tasks:
+    if t.few:
         return
-    locate(p, n_tasks, task, &place)
+    expect_array(later, p, &p.out, t.b, t.h, p.cu_q, t.q_begin, t.n_queries, p.Dv)
+    if task >= n_tasks or p.pages != NULL or not locate(p, task, &place) or place.few:
+        return
     h_kv = place.h // (p.H // p.Hkv)
     if place.b != t.b or h_kv != t.h // (p.H // p.Hkv):
         first = 0
     n = max(<int64_t>0, min(rows_of_batch(p.cu_k, place.b, p.S) - first, <int64_t>LANES))
-    if p.query.col == 1:
-        expect(&later.next[later.n_next], <const real*>p.query.data + offset(p, &p.query, place.b, place.h, p.cu_q)
-               + place.q_begin*p.query.row, p.query.row*sizeof(real), place.q_end - place.q_begin, p.D*sizeof(real))
-        later.n_next += 1
-    if p.key.col == 1 and n > 0:
-        expect(&later.next[later.n_next], <const real*>p.key.data + offset(p, &p.key, place.b, h_kv, p.cu_k)
-               + first*p.key.row, p.key.row*sizeof(real), n, p.D*sizeof(real))
-        later.n_next += 1
-    if p.value.col == 1 and n > 0 and not t.cold:
-        expect(&later.next[later.n_next], <const real*>p.value.data + offset(p, &p.value, place.b, h_kv, p.cu_k)
-               + first*p.value.row, p.value.row*sizeof(real), n, p.Dv*sizeof(real))
-        later.n_next += 1
+    expect_array(later, p, &p.query, place.b, place.h, p.cu_q, place.q_begin, place.q_end - place.q_begin, p.D)
+    expect_array(later, p, &p.key, place.b, h_kv, p.cu_k, first, n, p.D)
+    if not t.cold:
+        expect_array(later, p, &p.value, place.b, h_kv, p.cu_k, first, n, p.Dv)
+
+
+cdef size_t lay_out(Task* t, const fastattn_problem* p, char* memory) noexcept nogil:
+    # The parts of a thread's scratch, from `memory` on; the bytes they take.
+    cdef real* at = <real*>memory
+    t.Qt = at
+    at += aligned(whole(p.D)*LANES)
+    t.S = at
+    at += BLOCK*LANES
+    t.Ot = at
+    at += aligned(whole(p.Dv)*LANES)
+    t.m = at
+    t.l = t.m + LANES
+    t.c = t.l + LANES
+    t.before = t.c + LANES
+    t.base = t.before + LANES
+    t.total = t.base + LANES
+    at = t.total + CHAINS*LANES
+    t.packed_v = at
+    t.packed_k = at
+    if not (p.key.col != 1 or p.key.kind != FASTATTN_REAL or p.pages != NULL or (WORD == 2 and p.key.row % 2 != 0)):
+        at += aligned(BLOCK*p.Dv)
+    elif BLOCK*(p.D + p.Dv)*<Py_ssize_t>sizeof(real) > PACKED_BYTES:
+        at += aligned(BLOCK*max(p.D, p.Dv))     # in turn, see Operands
+    else:
+        t.packed_k += aligned(BLOCK*p.Dv)
+        at = t.packed_k + aligned(BLOCK*p.D)
+    t.bias_tile = at
+    t.lines = t.bias_tile + BLOCK*LANES
+    if p.bias.data != NULL:
+        at += BLOCK*(LANES + VL)
+    t.across = at
+    if p.reduce != FASTATTN_OUTPUT:
+        at += BLOCK*VL
+    t.Ob = at
+    at += aligned(whole(p.Dv)*LANES)
+    t.sums = at
+    at += 3*SCORES
+    t.k_at = <int64_t*>at
+    t.v_at = t.k_at + 2*ROOM
+    t.packed_at = t.v_at + 2*ROOM
+    t.top_at = t.packed_at + 2*ROOM
+    t.top = <real*>(t.top_at + p.k*LANES)
+    return <char*>(t.top + p.k*LANES) - memory
+
+
+cdef size_t scratch(const fastattn_problem* p) noexcept nogil:
+    cdef Task t
+    return lay_out(&t, p, NULL)
 
 
 cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, void* memory) noexcept nogil:
     # Everything of a task before its first block of keys; False if it has no valid query.
     cdef int64_t n_keys, h_kv, at
+    cdef const char* q
     cdef double kappa
     cdef real sign = 1
     t.p = p
     t.b = place.b
     t.h = place.h
+    t.few = place.few
+    t.heads = place.heads
     t.q_begin = place.q_begin
     t.second = False
-    t.n_queries = place.q_end - place.q_begin
+    t.each = place.q_end - place.q_begin
     if p.query_lengths != NULL and p.rows == NULL:
-        t.n_queries = max(<int64_t>0, min(t.n_queries, p.query_lengths[t.b] - t.q_begin))
+        t.each = max(<int64_t>0, min(t.each, p.query_lengths[t.b] - t.q_begin))
+    t.n_queries = t.heads*t.each
     if t.n_queries <= 0:
         return False
     t.vectors = <int>((t.n_queries + VL - 1) // VL)
     t.lanes = ~<uint64_t>0 >> (64 - t.vectors*VL)
-    n_keys = rows_of_batch(p.cu_k, t.b, p.S)
-    if p.kv_lengths != NULL:
-        n_keys = p.kv_lengths[t.b]
+    n_keys = keys_of(p, t.b)
     intervals(t, n_keys)
+    t.hole_begin = t.hole_end = 0
+    if p.hole_begin != NULL:
+        t.hole_begin = p.hole_begin[t.b]
+        t.hole_end = p.hole_end[t.b]
     if p.tiles.first != NULL:
         # the group of 64 rows of this batch's and head's list
         at = t.h*p.tiles.head + lead_offset(p, p.tiles.lead, t.b)
@@ -124,39 +264,44 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, void* 
         t.tile_begin = p.tiles.first[at]
         t.tile_end = p.tiles.first[at + 1]
         t.tile_shift = t.q_begin % FASTATTN_TILE_ROWS
+        t.tile_rows = ~<uint64_t>0
+        t.repeat = 1
+        if t.heads > 1:
+            t.tile_rows = ~<uint64_t>0 >> (64 - t.each)
+            for at in range(1, t.heads):
+                t.repeat |= <uint64_t>1 << at*t.each
         if t.tile_begin == t.tile_end:
             t.k_end = 0
         else:
             t.k_begin = max(t.k_begin, p.tiles.block[t.tile_begin]*<int64_t>BLOCK)
             t.k_end = min(t.k_end, (p.tiles.block[t.tile_end - 1] + 1)*<int64_t>BLOCK)
+    t.begin = t.k_begin
+    t.end = t.k_end
+    if t.few:
+        t.begin = max(t.begin, place.split*SPLIT)
+        t.end = min(t.end, (place.split + 1)*SPLIT)
 
     # Where things are.
     h_kv = t.h // (p.H // p.Hkv)
-    t.q = <const real*>p.query.data + offset(p, &p.query, t.b, t.h, p.cu_q)
-    t.k = <const real*>p.key.data + offset(p, &p.key, t.b, h_kv, p.cu_k)
-    t.v = <const real*>p.value.data + offset(p, &p.value, t.b, h_kv, p.cu_k)
+    q = base_of(p, &p.query, t.b, t.h, p.cu_q, False)
+    t.pages = NULL
+    if p.pages != NULL:
+        t.pages = p.pages + p.page_rows[t.b]*p.page_stride
+    t.k = base_of(p, &p.key, t.b, h_kv, p.cu_k, p.pages != NULL)
+    t.v = base_of(p, &p.value, t.b, h_kv, p.cu_k, p.pages != NULL)
+    t.k_scale = NULL
+    t.v_scale = NULL
+    if p.key.kind == FASTATTN_I8:
+        t.k_scale = <const float*>base_of(p, &p.key_scale, t.b, h_kv, p.cu_k, p.pages != NULL)
+    if p.value.kind == FASTATTN_I8:
+        t.v_scale = <const float*>base_of(p, &p.value_scale, t.b, h_kv, p.cu_k, p.pages != NULL)
     t.bias = NULL
     t.mask = NULL
     if p.bias.data != NULL:
-        t.bias = <const real*>p.bias.data + offset(p, &p.bias, t.b, t.h, NULL)
+        t.bias = base_of(p, &p.bias, t.b, t.h, NULL, False)
     if p.mask.data != NULL:
         t.mask = <const uint8_t*>p.mask.data + offset(p, &p.mask, t.b, t.h, NULL)
-    t.Qt = <real*>memory
-    t.S = t.Qt + aligned(p.D*LANES)
-    t.Ot = t.S + BLOCK*LANES
-    t.m = t.Ot + aligned(p.Dv*LANES)
-    t.l = t.m + LANES
-    t.c = t.l + LANES
-    t.before = t.c + LANES
-    t.base = t.before + LANES
-    t.total = t.base + LANES
-    t.copied = t.total + CHAINS*LANES
-    t.packed_k = t.copied + BLOCK*COPIED
-    t.bias_tile = t.packed_k + aligned(BLOCK*p.D if p.key.col != 1 else 0)
-    t.lines = t.bias_tile + BLOCK*LANES
-    t.across = t.bias_tile + (BLOCK*(LANES + VL) if p.bias.data != NULL else 0)
-    t.top_at = <int64_t*>(t.across + (BLOCK*VL if p.reduce != FASTATTN_OUTPUT else 0))
-    t.top = <real*>(t.top_at + p.k*LANES)
+    lay_out(t, p, <char*>memory)
 
     # The scale joins the exponent. Its sign goes into Q, exactly, so that the largest score has the largest exponent; where a
     # softcap or a bias makes logits of the scores, they apply it and the exponent keeps log2 e.
@@ -172,6 +317,11 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, void* 
             kappa = 1
             sign = 0
     t.kappa = <real>kappa
-    pack_queries(t.q + t.q_begin*p.query.row, p.query.row, p.query.col, t.n_queries, t.vectors, p.D, sign, t.Qt)
+    if t.few:
+        few_queries(t, q, sign)
+        t.found = -1
+    else:
+        pack_queries(q + t.q_begin*p.query.row*v_size(p.query.kind), p.query.row, p.query.col, p.query.kind, t.n_queries,
+                     t.vectors, p.D//WORD, sign, t.Qt)
     t.careful = False
     return True

@@ -106,11 +106,11 @@ cdef void keep_largest(Task* t, int first, int vectors, int64_t block, Py_ssize_
                 t.total[i] = top[k - 1]
 
 
-cdef void weighed_segment(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, int64_t block,
-                          const Parts* parts, bint masked) noexcept nogil:
+cdef void weighed_segment(Task* t, int first, int vectors, const Operands* of, int64_t block, const Parts* parts,
+                          bint masked) noexcept nogil:
     # As `segment`, on the second walk.
     cdef const fastattn_problem* p = t.p
-    cdef fastattn_array* result = &p.result
+    cdef const fastattn_array* result = &p.result
     cdef Py_ssize_t lane = first*VL
     cdef Py_ssize_t begin, n
     cdef int part
@@ -118,9 +118,9 @@ cdef void weighed_segment(Task* t, int first, int vectors, const real* k, Py_ssi
         begin = parts.begin[part]
         n = parts.end[part] - begin
         if p.reduce == FASTATTN_ENTROPY or p.reduce == FASTATTN_TOP_K:
-            logits(t, first, vectors, k, k_row, block, begin, n, masked)
+            logits(t, first, vectors, of, block, begin, n, masked)
         else:
-            weights(t, first, vectors, k, k_row, block, begin, n, masked)
+            weights(t, first, vectors, of, block, begin, n, masked)
         if p.reduce == FASTATTN_TOP_K:
             keep_largest(t, first, vectors, block, begin, n)
     if p.reduce == FASTATTN_ENTROPY:
@@ -136,7 +136,7 @@ cdef void weighed_segment(Task* t, int first, int vectors, const real* k, Py_ssi
         begin = parts.begin[part]
         write_out(t.S + begin*LANES + lane, t.c + lane, t.n_queries - lane, vectors, parts.end[part] - begin,
                   <real*>result.data + offset(p, result, t.b, t.h, NULL) + (t.q_begin + lane)*result.row + block + begin,
-                  result.row, 1)
+                  result.row, 1, FASTATTN_REAL)
 
 
 cdef void finish_weights(Task* t) noexcept nogil:
@@ -168,6 +168,8 @@ cdef void run_weights(const fastattn_problem* p, int64_t task, bint caller, void
     cdef Place place
     cdef int64_t n_blocks = (p.L + LANES - 1) // LANES
     cdef int64_t q_block, i
+    place.few = False
+    place.heads = 1
     place.b = task // p.chunks // p.H
     place.h = task // p.chunks % p.H
     for q_block in range(n_blocks*(task % p.chunks) // p.chunks, n_blocks*(task % p.chunks + 1) // p.chunks):
