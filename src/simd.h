@@ -326,6 +326,21 @@ V_INLINE void v_store_part(real *p, vf a, ptrdiff_t n) {
 #endif
 }
 
+/* to[i] = the word of elements i of two rows of bfloat16, for 2 VL of them. */
+V_INLINE void v_zip_words(const uint16_t *a, const uint16_t *b, real *to) {
+#ifdef FASTATTN_PAIRS
+    static const uint16_t zip[64] = {
+        0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
+        16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62,
+        31, 63};
+    __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, _mm512_loadu_si512(zip), y));
+    _mm512_storeu_si512(to + VL, _mm512_permutex2var_epi16(x, _mm512_loadu_si512(zip + 32), y));
+#else
+    (void)a; (void)b; (void)to;
+#endif
+}
+
 /* --- narrower kinds of storage: widened exactly, rounded to nearest, ties to even --- */
 #if FASTATTN_BITS == 32
 typedef uint32_t v_u32 __attribute__((vector_size(FASTATTN_VECTOR), may_alias));
@@ -408,6 +423,25 @@ V_INLINE vf v_repeat(const float *p, ptrdiff_t i, int times) {
     real x[VL];
     for (int j = 0; j < VL; j++) x[j] = p[(i + j) / times];
     return v_load(x);
+#endif
+}
+
+/* Lane i of the result is lane (i + by) % VL of a. */
+V_INLINE vf v_rotate(vf a, int by) {
+#if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (vf)_mm512_permutexvar_ps((__m512i)(lane + by), (__m512)a);
+#elif FASTATTN_VECTOR == 64
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    return (vf)_mm512_permutexvar_pd((__m512i)(lane + by), (__m512d)a);
+#elif FASTATTN_VECTOR == 32 && FASTATTN_BITS == 32
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    return (vf)_mm256_permutevar8x32_ps((__m256)a, (__m256i)(lane + by));
+#else
+    real x[2 * VL];
+    v_store(x, a);
+    v_store(x + VL, a);
+    return v_load(x + by % VL);
 #endif
 }
 

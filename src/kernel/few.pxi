@@ -61,6 +61,10 @@ cdef inline void group_dots(const int mr, const int nk, const int kind, const re
         for j in range(nk):
             next = keys.next_data + keys.next[first + j]
             d = 0
+            while d + 256 <= D*v_size(kind):
+                for u in range(4):
+                    v_fetch_line(next + d + 64*u)
+                d += 256
             while d < D*v_size(kind):
                 v_fetch_line(next + d)
                 d += 64
@@ -282,14 +286,18 @@ cdef inline void plain_rows(const int mr, const int kind, Task* t, const Operand
     cdef real* chain
     cdef real repeated[16]          # base of the rows, as lanes have them
     cdef vf acc[16]
+    cdef bint narrow = 8*mr <= VL   # some vectors hold the weights of a step
+    cdef vf sums[16]                # and these the sums of its eight pairs of keys
     cdef Py_ssize_t begin = 0
-    cdef Py_ssize_t chunk = 4 if mr <= 2 else 8 if mr == 4 and SUMS == 16 else STEP
+    cdef Py_ssize_t chunk = (4 if kind == FASTATTN_REAL else 8) if mr <= 2 else 8 if mr == 4 and SUMS == 16 else STEP
     cdef Py_ssize_t j, n, n_next
     cdef int i
     cdef vf k = v_set1(t.kappa)
     cdef vf x
     for i in range(max(<int>VL, mr)):
         repeated[i] = t.base[lane + i % mr]
+    for i in range(16):
+        sums[i] = v_zero()
     step_dots(mr, kind, t, &of.keys, lane, 0, 0, STEP, ahead, acc, P)
     while begin < n_keys:
         n = min(<Py_ssize_t>STEP, n_keys - begin)
@@ -312,19 +320,25 @@ cdef inline void plain_rows(const int mr, const int kind, Task* t, const Operand
                 step_dots(mr, kind, t, &of.keys, lane, begin + n, j, chunk, ahead, acc, next_P)
             j += chunk
         # only now: a load that straddles two stores waits until they are done
-        j = 0
-        while j < n:
-            chain = t.total + (begin + j)//2 % CHAINS*LANES + lane
-            i = 0
-            while i < mr:
-                x = v_load(P + j*mr + i)
-                if j + 1 < n:
-                    x = v_add(x, v_load(P + (j + 1)*mr + i))
-                v_store_part(chain + i, v_add(v_load_part(chain + i, mr - i), x), mr - i)
-                i += VL
-            j += 2
+        if narrow:
+            for i in range(STEP*mr//VL):
+                x = v_load_part(P + i*VL, n*mr - i*VL) if i*VL < n*mr else v_zero()
+                sums[i] = v_add(sums[i], v_add(x, v_rotate(x, mr)))
+        else:
+            for j in range(0, n, 2):
+                i = 0
+                while i < mr:
+                    x = v_load(P + j*mr + i)
+                    if j + 1 < n:
+                        x = v_add(x, v_load(P + (j + 1)*mr + i))
+                    chain = t.total + j//2*LANES + lane + i
+                    v_store_part(chain, v_add(v_load_part(chain, mr - i), x), mr - i)
+                    i += VL
         P, next_P = next_P, P
         begin += n
+    if narrow:                  # the first of each two groups of mr lanes holds the sums of a pair of keys
+        for i in range(CHAINS*mr):
+            t.total[i//mr*LANES + lane + i % mr] += (<real*>sums)[2*(i - i % mr) + i % mr]
 
 
 cdef inline void plain_kind(const int kind, Task* t, const Operands* of, Py_ssize_t lane, Py_ssize_t rows,

@@ -184,6 +184,10 @@ cdef void zip_rows(const void* a, const int64_t* at, Py_ssize_t col, Py_ssize_t 
     cdef vf x, y
     for j in range((n_rows + 1)//2):
         d = 0
+        if col == 1 and 2*j + 1 < n_rows:
+            while d + 2*VL <= n:
+                v_zip_words(<const uint16_t*>a + at[2*j] + d, <const uint16_t*>a + at[2*j + 1] + d, packed + j*n + d)
+                d += 2*VL
         while d < n:
             x = load_row(a, at[2*j] + d*col, col, n - d, FASTATTN_BF16)
             y = v_zero()

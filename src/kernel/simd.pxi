@@ -45,6 +45,7 @@ cdef extern from "simd.h" nogil:
     vf v_repeat(const float*, Py_ssize_t, int)
     vf v_div(vf, vf)
     vf v_round(vf)
+    vf v_rotate(vf, int)
     void v_store_codes(int8_t*, vf, Py_ssize_t)
     const float SMALLEST_SCALE
     const float LARGEST_SCALE
@@ -52,6 +53,7 @@ cdef extern from "simd.h" nogil:
     vf v_word(const real*)
     vf v_low(vf)
     vf v_pair(vf, vf)
+    void v_zip_words(const uint16_t*, const uint16_t*, real*)
     vf v_max(vf, vf)
     vf v_where_lt(vf, vf, vf, vf)
     vf v_keep(vf, uint64_t)
