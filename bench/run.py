@@ -318,7 +318,8 @@ def decode(run):
                     call = partial(cache.attend, query, [0], out=out)
                 else:
                     call = partial(fa.attention, query, key, value, out=out)
-                    worst = largest_error(call(), query[:, :group], key[:, :1], value[:, :1]) if run.short else 0
+                    head = [call()[:, :group], query[:, :group], key[:, :1], value[:, :1]]
+                    worst = largest_error(*head) if run.short else 0
                     if not worst <= 1e-5:
                         yield wrong(what, worst)
                         continue
