@@ -416,27 +416,19 @@ cdef void describe_tiles(fastattn_tiles* tiles, plan, int n_lead) except *:
         stride *= lead[n - 1 - i]
 
 
-cdef void describe_pool(fastattn_array* a, cnp.ndarray x) noexcept:
-    # (pages, heads, rows of a page) or (pages, heads, rows, columns): the leading stride is that of a page
-    cdef int n = cnp.PyArray_NDIM(x)
-    cdef cnp.npy_intp* strides = cnp.PyArray_STRIDES(x)
-    cdef cnp.npy_intp size = cnp.PyArray_ITEMSIZE(x)
-    a.data = cnp.PyArray_DATA(x)
-    a.kind = kind_of(x)
-    a.lead[0] = strides[0]//size
-    a.head = strides[1]//size
-    a.row = strides[2]//size
-    a.col = strides[3]//size if n == 4 else 1
+cdef void describe_pools(pools, fastattn_array* key, fastattn_array* value, fastattn_array* key_scale,
+                         fastattn_array* value_scale) except *:
+    # of a cache: the leading stride is that of a page
+    describe(key, pools.key, 3, 1)
+    describe(value, pools.value, 3, 1)
+    if pools.key_scale is not None:
+        describe(key_scale, pools.key_scale, 2, 1)
+        describe(value_scale, pools.value_scale, 2, 1)
 
 
 cdef void describe_pages(fastattn_problem* p, pages) except *:
-    pools = pages.pools
-    describe_pool(&p.key, pools.key)
-    describe_pool(&p.value, pools.value)
-    if pools.key_scale is not None:
-        describe_pool(&p.key_scale, pools.key_scale)
-        describe_pool(&p.value_scale, pools.value_scale)
-    p.page = cnp.PyArray_DIM(pools.key, 2)
+    describe_pools(pages.pools, &p.key, &p.value, &p.key_scale, &p.value_scale)
+    p.page = cnp.PyArray_DIM(pages.pools.key, 2)
     p.pages = <const int32_t*>cnp.PyArray_DATA(pages.tables)
     p.page_stride = cnp.PyArray_DIM(pages.tables, 1)
     p.page_rows = integers(pages.rows)
@@ -531,11 +523,7 @@ def store(pools, cnp.ndarray slots, cnp.ndarray counts, cnp.ndarray begin, cnp.n
     t.Dv = cnp.PyArray_DIM(value, 3)
     describe(&t.key, key, 3, 1)
     describe(&t.value, value, 3, 1)
-    describe_pool(&t.key_pool, pools.key)
-    describe_pool(&t.value_pool, pools.value)
-    if pools.key_scale is not None:
-        describe_pool(&t.key_scale, pools.key_scale)
-        describe_pool(&t.value_scale, pools.value_scale)
+    describe_pools(pools, &t.key_pool, &t.value_pool, &t.key_scale, &t.value_scale)
     t.page = cnp.PyArray_DIM(pools.key, 2)
     t.slots = integers(slots)
     t.counts = integers(counts)

@@ -55,7 +55,6 @@ cdef bint pack_values(Task* t, int64_t block, Py_ssize_t n, bint words, bint cle
     cdef const fastattn_array* a = &t.p.value
     cdef int64_t at[BLOCK]
     cdef float scales[BLOCK]
-    cdef uint16_t half
     cdef Py_ssize_t Dv = t.p.Dv
     cdef Py_ssize_t i, j, d
     cdef real x

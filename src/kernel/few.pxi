@@ -86,35 +86,30 @@ cdef inline void group_dots(const int mr, const int nk, const int kind, const re
         acc[i] = part[i]
 
 
-cdef inline void tile_dots(const int mr, const int kind, const real* Q, Py_ssize_t ldq, const Source* keys,
-                           Py_ssize_t first, Py_ssize_t D, bint ahead, real* sums) noexcept nogil:
-    # sums[j, i] = Q[i] · K[first + j] for mr rows and SUMS / mr keys, some of which may lie past the last one
-    cdef vf acc[16]
+cdef inline void step_dots(const int mr, const int kind, Task* t, const Source* keys, Py_ssize_t lane, Py_ssize_t first,
+                           Py_ssize_t done, Py_ssize_t n, bint ahead, vf* acc, real* P) noexcept nogil:
+    # P[j, i] = Q[lane + i] · K[first + j] for keys [done, done + n) of a step; SUMS accumulators go on from call to call
+    cdef Py_ssize_t ldq = whole(t.p.D)
+    cdef Py_ssize_t j = done
     cdef int i
-    if SUMS//mr <= 4:
-        group_dots(mr, SUMS//mr, kind, Q, ldq, keys, first, D, ahead, acc)
-    else:
-        group_dots(mr, 4, kind, Q, ldq, keys, first, D, ahead, acc)
-        group_dots(mr, 4, kind, Q, ldq, keys, first + 4, D, ahead, acc + 4*mr)
-    if SUMS//mr > 8:
-        group_dots(mr, 4, kind, Q, ldq, keys, first + 8, D, ahead, acc + 8*mr)
-        group_dots(mr, 4, kind, Q, ldq, keys, first + 12, D, ahead, acc + 12*mr)
-    for i in range(SUMS//VL):
-        v_store(sums + i*VL, v_sums(acc + i*VL))
+    while j < done + n:
+        group_dots(mr, min(4, SUMS//mr), kind, t.Qt + lane*ldq, ldq, keys, first + j, t.p.D, ahead, acc + j*mr % SUMS)
+        j += min(4, SUMS//mr)
+        if j*mr % SUMS == 0:
+            for i in range(SUMS//VL):
+                v_store(P + j*mr - SUMS + i*VL, v_sums(acc + i*VL))
 
 
 cdef inline void rows_dots(const int mr, const int kind, Task* t, const Source* keys, Py_ssize_t lane,
                            Py_ssize_t begin, Py_ssize_t n, bint ahead) noexcept nogil:
     # S[begin + j, lane + i] = Q[lane + i] · K[begin + j] for mr rows and n keys; lanes behind them get other sums
-    cdef Py_ssize_t D = t.p.D
-    cdef Py_ssize_t ldq = whole(D)
-    cdef Py_ssize_t j = 0
+    cdef Py_ssize_t whole_n = (n + SUMS//mr - 1)//(SUMS//mr)*(SUMS//mr)
+    cdef Py_ssize_t j
     cdef int i
+    cdef vf acc[16]
     cdef vf x
-    while j < n:
-        tile_dots(mr, kind, t.Qt + lane*ldq, ldq, keys, begin + j, D, ahead, t.sums + j*mr)
-        j += SUMS//mr
-    v_store(t.sums + j*mr, v_zero())        # what the lanes behind the last sums get
+    step_dots(mr, kind, t, keys, lane, begin, 0, whole_n, ahead, acc, t.sums)
+    v_store(t.sums + whole_n*mr, v_zero())  # what the lanes behind the last sums get
     for j in range(n):
         i = 0
         while i < mr:
@@ -259,20 +254,6 @@ cdef void few_values(Task* t, int first, int vectors, const Source* values, Py_s
             for g in range(vectors):
                 v_store(t.S + j*LANES + lane + g*VL, v_mul(v_load(t.S + j*LANES + lane + g*VL), s))
         kind_values(FASTATTN_I8, t, values, lane, rows, begin, end)
-
-
-cdef inline void step_dots(const int mr, const int kind, Task* t, const Source* keys, Py_ssize_t lane, Py_ssize_t first,
-                           Py_ssize_t done, Py_ssize_t n, bint ahead, vf* acc, real* P) noexcept nogil:
-    # P[j, i] = Q[lane + i] · K[first + j] for keys [done, done + n) of a step; SUMS accumulators go on from call to call
-    cdef Py_ssize_t ldq = whole(t.p.D)
-    cdef Py_ssize_t j = done
-    cdef int i
-    while j < done + n:
-        group_dots(mr, min(4, SUMS//mr), kind, t.Qt + lane*ldq, ldq, keys, first + j, t.p.D, ahead, acc + j*mr % SUMS)
-        j += min(4, SUMS//mr)
-        if j*mr % SUMS == 0:
-            for i in range(SUMS//VL):
-                v_store(P + j*mr - SUMS + i*VL, v_sums(acc + i*VL))
 
 
 cdef inline void plain_rows(const int mr, const int kind, Task* t, const Operands* of, Py_ssize_t lane, Py_ssize_t n_keys,

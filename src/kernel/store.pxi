@@ -26,7 +26,7 @@ cdef float store_codes(const real* x, Py_ssize_t n, int8_t* codes) noexcept nogi
     # of a denormal, and small enough for 127 of it to be finite.
     cdef real largest = 0
     cdef real scale
-    cdef bint finite = True
+    cdef bint finite
     cdef vf top = v_zero()
     cdef vf bad = v_zero()
     cdef vf s
