@@ -120,6 +120,10 @@ V_INLINE void v_fetch_later(const char *p, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
+/* The same address, forgotten where it came from: offsets from it then stay in the instructions, where the compiler would
+ * compute each before a loop and keep them all, most on the stack. */
+V_INLINE const real *v_anchor(const real *p) { __asm__("" : "+r"(p)); return p; }
+
 V_INLINE vf v_load(const real *p) { vf r; memcpy(&r, p, sizeof r); return r; }
 V_INLINE void v_store(real *p, vf a) { memcpy(p, &a, sizeof a); }
 V_INLINE vf v_set1(real x) { return x - (vf){0}; }

@@ -5,37 +5,32 @@
 cdef void find_rows(const Task* t, const fastattn_array* a, int64_t block, Py_ssize_t n, Py_ssize_t size,
                     int64_t* at) noexcept nogil:
     # at[j] = elements to the row of key block + j, times size
-    cdef int64_t index = 0
-    cdef int64_t place = block
-    cdef int64_t step = a.row*size
     cdef int64_t first
+    cdef int64_t step = a.row*size
     cdef Py_ssize_t j = 0
-    cdef Py_ssize_t run = n
-    cdef Py_ssize_t i
-    if t.pages != NULL:
-        index = block // t.p.page
-        place = block - index*t.p.page
+    cdef Py_ssize_t i, run
     while j < n:
-        first = place*step
-        if t.pages != NULL:         # pages without visible keys: somewhere inside
-            first += max(t.pages[index], <int32_t>0)*a.lead[0]*size
-            run = min(<int64_t>(n - j), t.p.page - place)
+        run = even_rows(t, a, block + j, n - j, &first)
+        first *= size
         for i in range(run):
             at[j + i] = first + i*step
         j += run
-        index += 1
-        place = 0
 
 
 cdef void find_scales(const Task* t, const fastattn_array* a, const float* scale, int64_t block, Py_ssize_t n,
                       float* scales) noexcept nogil:
     # those of the rows of n keys
-    cdef int64_t at[BLOCK]
-    cdef Py_ssize_t j
-    if scale != NULL:
-        find_rows(t, a, block, n, 1, at)
-        for j in range(n):
-            scales[j] = scale[at[j]]
+    cdef int64_t first
+    cdef Py_ssize_t j = 0
+    cdef Py_ssize_t i, run
+    while j < n and scale != NULL:
+        run = even_rows(t, a, block + j, n - j, &first)
+        if a.row == 1:
+            memcpy(scales + j, scale + first, run*sizeof(float))
+        else:
+            for i in range(run):
+                scales[j + i] = scale[first + i*a.row]
+        j += run
 
 
 cdef void pack_keys(Task* t, int64_t block, Py_ssize_t n, bint words) noexcept nogil:
@@ -176,9 +171,9 @@ cdef void weights(Task* t, int first, int vectors, const Operands* of, int64_t b
     cdef const real* k = of.k + begin*of.k_row
     cdef real* S = t.S + begin*LANES + lane
     cdef How how
-    if t.few or p.softcap > 0 or (t.bias != NULL and D > DEPTH_WHOLE):
+    if p.softcap > 0 or (t.bias != NULL and D > DEPTH_WHOLE):
         logits(t, first, vectors, of, block, begin, n, masked)
-        weigh_rows(vectors, S, n, t.kappa, t.base + lane, t.total + lane, begin, not t.few)
+        weigh_rows(vectors, S, n, t.kappa, t.base + lane, t.total + lane, begin, True)
         return
     d = scores(t, first, vectors, k, of.k_row, S, n, False)
     how = ADD if d > 0 else STORE
@@ -201,25 +196,20 @@ cdef inline void few_parts(Task* t, int first, int vectors, Operands* of, int64_
         if of.in_turn:
             of.poisoned = pack_values(t, block, n, False, of.clean)
         for part in range(parts.n):
-            few_values(t, first, vectors, &of.values, parts.begin[part], parts.end[part])
+            few_values(t, first, vectors, of, parts.begin[part], parts.end[part])
 
 
-cdef bint settled_segment(Task* t, int first, int vectors, Operands* of, int64_t block, Py_ssize_t n, const Parts* parts,
+cdef bint settled_segment(Task* t, int first, int vectors, const Operands* of, int64_t block, const Parts* parts,
                           bint masked) noexcept nogil:
-    # Weights by the references as they are, and their sums, for few rows also with V; False, and nothing is done, if some
-    # weight has outgrown its reference.
+    # Weights by the references as they are, and their sums; False, and nothing is done, if some weight has outgrown its
+    # reference.
     cdef Py_ssize_t lane = first*VL
     cdef Py_ssize_t begin
     cdef Py_ssize_t i
     cdef int part
-    if (t.few and not masked and t.bias == NULL and t.p.softcap == 0 and of.keys.kind == of.values.kind
-            and not of.in_turn):
-        few_plain(t, first, vectors, of, parts.end[0])
-    else:
-        for part in range(parts.n):
-            begin = parts.begin[part]
-            weights(t, first, vectors, of, block, begin, parts.end[part] - begin, masked)
-        few_parts(t, first, vectors, of, block, n, parts)
+    for part in range(parts.n):
+        begin = parts.begin[part]
+        weights(t, first, vectors, of, block, begin, parts.end[part] - begin, masked)
     for i in range(lane, lane + vectors*VL):
         t.c[i] = 1
     memcpy(t.before + lane, t.l + lane, vectors*VL*sizeof(real))
@@ -227,10 +217,6 @@ cdef bint settled_segment(Task* t, int first, int vectors, Operands* of, int64_t
         return True
     memcpy(t.l + lane, t.before + lane, vectors*VL*sizeof(real))
     clear_chains(vectors, t.total + lane)
-    if t.few:
-        clear_block(t, first, vectors)
-        if of.in_turn:
-            pack_keys(t, block, n, False)
     t.settled = False
     return False
 
@@ -246,8 +232,10 @@ cdef void segment(Task* t, int first, int vectors, Operands* of, int64_t block, 
     clear_chains(vectors, t.total + lane)
     if t.few:
         clear_block(t, first, vectors)
-    if not (t.settled and finite_lanes(t.m + lane, vectors)
-            and settled_segment(t, first, vectors, of, block, n, parts, masked)):
+    if t.few and stays_packed(t, of, masked):
+        few_whole(t, first, vectors, of, parts.end[0])
+    elif not (t.settled and not t.few and finite_lanes(t.m + lane, vectors)
+              and settled_segment(t, first, vectors, of, block, parts, masked)):
         for part in range(parts.n):
             logits(t, first, vectors, of, block, parts.begin[part], parts.end[part] - parts.begin[part], masked)
         new_reference(vectors, t.S + lane, parts, t.kappa, t.m + lane, t.base + lane, t.c + lane)

@@ -2,30 +2,33 @@
 # limit is the memory they come from. Lanes of the two products run over D and Dv instead of queries, vectors of keys and
 # values are loaded (and widened) where they lie, once for all rows and for all heads that share them:
 #
-#     Q [rows][D']   S[j, i] = sum over lanes of  sum_d Q[i, d..] K[j, d..]        SUMS such vectors are summed together
+#     Q [rows][D']   P[j, i] = sum over lanes of  sum_d Q[i, d..] K[j, d..]        SUMS such vectors are summed together
 #     O [rows][Dv']  O[i, d..] = O[i, d..] c[i] + sum_j P[j, i] V[j, d..]          the same chain over j as in product_t
 #
-# Rows go in tiles of SUMS / 2, the last of them in one of 4, 2 or 1 where that holds them: one pass over the keys for each.
+# Rows go in tiles of SUMS / 2, the last of them in one of 4, 2 or 1 where that holds them. All keys of a block, then all its
+# values: two long runs through memory, which a processor foresees; finer turns cost a quarter of the bandwidth.
 #
-# S keeps its layout, keys by lanes of rows, so that everything between the products is that of the other path.
+# Blocks that all rows see, without bias and softcap, stay as they are summed: P[keys][rows of the tile], no lane wasted.
+# Others are spread over the lanes of S, keys by lanes of rows, so that everything between the products is that of the other
+# path. Both are the same operations in the same order.
 # A task takes SPLIT keys; what it leaves is merged in the order of the keys by the task of the group that ends last.
 
 cdef enum:
     FEW = 40                # rows of a head up to which they go this way; 32 where LANES are no more
     SPLIT = 22*96           # keys of a task: fixed, so that no bit depends on the number of threads
-    STEP = 16               # keys that go through all stages before the next ones: in memory's view one even stream
-    ROOM = 96 + 16          # rows of a block and as many as a tile may read past them
+    STEP = 32               # values that all rows go through before the next ones
+    AHEAD = 96              # rows between the one that is read and the one asked for, at most
+    AHEAD_BYTES = 6144      # and bytes: more requests at a time than a core can hold (about a hundred lines) get lost
+    ROOM = 96 + AHEAD + 16  # rows of a block, those asked for, and as many as a tile may read past them
     SCORES = 96*8 + 32      # of a block and SUMS / 2 rows, a tile and a vector past them
 
 
 cdef struct Source:         # rows of a block: keys or values
     const char* data
-    const int64_t* at       # bytes from data to each of them
+    const int64_t* at       # [ROOM] bytes from data to each of them, and to those behind
+    Py_ssize_t ahead        # rows; 0 where nothing is worth asking for
     int kind
     float scale[ROOM]       # of FASTATTN_I8
-    const char* next_data   # and the same of the next block, which is fetched meanwhile
-    const int64_t* next
-    Py_ssize_t n_next
 
 
 cdef struct Operands:       # of the products of a block
@@ -43,40 +46,32 @@ cdef inline Py_ssize_t vectors_of_line(const int kind) noexcept nogil:
     return 4 if v_size(kind)*VL*4 <= 64 else 64//(v_size(kind)*VL)
 
 
-cdef inline void group_dots(const int mr, const int nk, const int kind, const real* Q, Py_ssize_t ldq, const Source* keys,
-                            Py_ssize_t first, Py_ssize_t D, bint ahead, vf* acc) noexcept nogil:
-    # The lanes of Q[i] · K[first + j], of which the sum is left to do. The same rows of the next block are asked for now: the
-    # memory must never wait, nor be asked for much at once.
+cdef inline void group_dots(const int mr, const int nk, const int nv, const int kind, const real* Q, const char* data,
+                            const int64_t* at, Py_ssize_t ahead, Py_ssize_t D, vf* acc) noexcept nogil:
+    # The lanes of Q[i] · K[j] for mr rows and nk keys, of which the sum is left to do. D is nv vectors, or any where nv = 0.
     cdef vf part[16]
     cdef vf x
     cdef const char* row[4]
-    cdef const char* next
+    cdef const char* later
+    cdef Py_ssize_t ldq = nv*VL if nv > 0 else whole(D)
     cdef Py_ssize_t d = 0
     cdef int i, j, u
     for j in range(nk):
-        row[j] = keys.data + keys.at[first + j]
+        row[j] = data + at[j]
+        later = data + at[j + ahead]
+        if nv > 0:
+            for u in range(0, nv*VL*v_size(kind), 64):
+                v_fetch_line(later + u)
+        else:
+            v_fetch_soon(later, D*v_size(kind))
         for i in range(mr):
             part[j*mr + i] = v_zero()
-    if ahead:
+    for u in range(nv):
         for j in range(nk):
-            next = keys.next_data + keys.next[first + j]
-            d = 0
-            while d + 256 <= D*v_size(kind):
-                for u in range(4):
-                    v_fetch_line(next + d + 64*u)
-                d += 256
-            while d < D*v_size(kind):
-                v_fetch_line(next + d)
-                d += 64
-    d = 0
-    while d + vectors_of_line(kind)*VL <= D:
-        for u in range(vectors_of_line(kind)):
-            for j in range(nk):
-                x = v_load_as(row[j], d + u*VL, kind)
-                for i in range(mr):
-                    part[j*mr + i] = v_fma(v_load(Q + i*ldq + d + u*VL), x, part[j*mr + i])
-        d += vectors_of_line(kind)*VL
-    while d < D:
+            x = v_load_as(row[j], u*VL, kind)
+            for i in range(mr):
+                part[j*mr + i] = v_fma(v_load(Q + i*ldq + u*VL), x, part[j*mr + i])
+    while nv == 0 and d < D:
         for j in range(nk):
             x = v_load_part_as(row[j], d, D - d, kind)
             for i in range(mr):
@@ -86,299 +81,358 @@ cdef inline void group_dots(const int mr, const int nk, const int kind, const re
         acc[i] = part[i]
 
 
-cdef inline void step_dots(const int mr, const int kind, Task* t, const Source* keys, Py_ssize_t lane, Py_ssize_t first,
-                           Py_ssize_t done, Py_ssize_t n, bint ahead, vf* acc, real* P) noexcept nogil:
-    # P[j, i] = Q[lane + i] · K[first + j] for keys [done, done + n) of a step; SUMS accumulators go on from call to call
-    cdef Py_ssize_t ldq = whole(t.p.D)
-    cdef Py_ssize_t j = done
-    cdef int i
-    while j < done + n:
-        group_dots(mr, min(4, SUMS//mr), kind, t.Qt + lane*ldq, ldq, keys, first + j, t.p.D, ahead, acc + j*mr % SUMS)
-        j += min(4, SUMS//mr)
-        if j*mr % SUMS == 0:
-            for i in range(SUMS//VL):
-                v_store(P + j*mr - SUMS + i*VL, v_sums(acc + i*VL))
-
-
-cdef inline void rows_dots(const int mr, const int kind, Task* t, const Source* keys, Py_ssize_t lane,
-                           Py_ssize_t begin, Py_ssize_t n, bint ahead) noexcept nogil:
-    # S[begin + j, lane + i] = Q[lane + i] · K[begin + j] for mr rows and n keys; lanes behind them get other sums
-    cdef Py_ssize_t whole_n = (n + SUMS//mr - 1)//(SUMS//mr)*(SUMS//mr)
-    cdef Py_ssize_t j
-    cdef int i
+cdef inline void deep_dots(const int mr, const int nv, const int kind, const Task* t, const Source* keys, Py_ssize_t lane,
+                           Py_ssize_t begin, Py_ssize_t n, Py_ssize_t ahead, real* P, real* top) noexcept nogil:
+    cdef const real* Q = t.Qt + lane*whole(t.p.D)
+    cdef const int64_t* at = keys.at + begin
+    cdef const char* data = keys.data
+    cdef Py_ssize_t D = t.p.D
     cdef vf acc[16]
+    cdef vf most[4]
     cdef vf x
-    step_dots(mr, kind, t, keys, lane, begin, 0, whole_n, ahead, acc, t.sums)
-    v_store(t.sums + whole_n*mr, v_zero())  # what the lanes behind the last sums get
-    for j in range(n):
-        i = 0
-        while i < mr:
-            x = v_load(t.sums + j*mr + i)
+    cdef Py_ssize_t j = 0
+    cdef int nk = min(4, SUMS//mr)
+    cdef int u
+    for u in range(SUMS//VL):
+        most[u] = v_set1(-INFINITY)
+    while j < n:
+        # written out: gcc keeps such a loop, and then the accumulators in memory
+        group_dots(mr, min(4, SUMS//mr), nv, kind, v_anchor(Q), data, at + j, ahead, D, acc)
+        if mr*nk < SUMS:
+            group_dots(mr, min(4, SUMS//mr), nv, kind, v_anchor(Q), data, at + j + nk, ahead, D, acc + mr*nk)
+        if 2*mr*nk < SUMS:
+            group_dots(mr, min(4, SUMS//mr), nv, kind, v_anchor(Q), data, at + j + 2*nk, ahead, D, acc + 2*mr*nk)
+            group_dots(mr, min(4, SUMS//mr), nv, kind, v_anchor(Q), data, at + j + 3*nk, ahead, D, acc + 3*mr*nk)
+        for u in range(SUMS//VL):
+            x = v_sums(acc + u*VL)
             if kind == FASTATTN_I8:
-                x = v_mul(x, v_set1(keys.scale[begin + j]))
-            v_store_part(t.S + (begin + j)*LANES + lane + i, x, LANES - lane - i)
-            i += VL
+                x = v_mul(x, v_repeat(keys.scale + begin + j, u*VL, mr))
+            v_store(P + j*mr + u*VL, x)
+            most[u] = v_max(x, most[u])
+        j += SUMS//mr
+    for u in range(SUMS//VL):
+        v_store(top + u*VL, most[u])
 
 
-cdef inline void kind_dots(const int kind, Task* t, const Operands* of, Py_ssize_t lane, Py_ssize_t rows, Py_ssize_t begin,
-                           Py_ssize_t n) noexcept nogil:
-    cdef bint ahead = lane == 0 and of.keys.n_next > 0
-    while rows > SUMS//4:
-        rows_dots(SUMS//2, kind, t, &of.keys, lane, begin, n, ahead)
-        lane += SUMS//2
-        rows -= SUMS//2
-        ahead = False
-    if SUMS == 16 and rows > 2:
-        rows_dots(4, kind, t, &of.keys, lane, begin, n, ahead)
-        lane += 4
-        rows -= 4
-        ahead = False
-    if rows >= 2:
-        rows_dots(2, kind, t, &of.keys, lane, begin, n, ahead)
-        lane += 2
-        rows -= 2
-        ahead = False
-    if rows >= 1:
-        rows_dots(1, kind, t, &of.keys, lane, begin, n, ahead)
-
-
-cdef void few_scores(Task* t, int first, int vectors, const Operands* of, Py_ssize_t begin, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t lane = first*VL
-    cdef Py_ssize_t rows = min(<Py_ssize_t>vectors*VL, t.n_queries - lane)
-    # doubles are stored as such: the build for them has no other loops
-    if sizeof(real) == 8 or of.keys.kind == FASTATTN_REAL:
-        kind_dots(FASTATTN_REAL, t, of, lane, rows, begin, n)
-    elif of.keys.kind == FASTATTN_F16:
-        kind_dots(FASTATTN_F16, t, of, lane, rows, begin, n)
-    elif of.keys.kind == FASTATTN_BF16:
-        kind_dots(FASTATTN_BF16, t, of, lane, rows, begin, n)
+cdef inline void rows_dots(const int mr, const int kind, const Task* t, const Source* keys, Py_ssize_t lane, Py_ssize_t begin,
+                           Py_ssize_t n, Py_ssize_t ahead, real* P, real* top) noexcept nogil:
+    # P[j, i] = Q[lane + i] · K[begin + j] for mr rows and n keys, or as many more as make SUMS of them; the largest of row i
+    # is that of top[i], top[i + mr], ..
+    if t.p.D == 64:
+        deep_dots(mr, 64//VL, kind, t, keys, lane, begin, n, ahead, P, top)
+    elif t.p.D == 128:
+        deep_dots(mr, 128//VL, kind, t, keys, lane, begin, n, ahead, P, top)
     else:
-        kind_dots(FASTATTN_I8, t, of, lane, rows, begin, n)
+        deep_dots(mr, 0, kind, t, keys, lane, begin, n, ahead, P, top)
 
 
-cdef inline void tile_rows(const int mr, const int nv, const int kind, const real* P, const Source* values, Py_ssize_t d,
-                           Py_ssize_t n, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t ldp, real* O, Py_ssize_t ldo,
-                           bint ahead) noexcept nogil:
+cdef inline void tile_rows(const int mr, const int nv, const bint asks, const int kind, const real* P, Py_ssize_t ldp,
+                           const Source* values, Py_ssize_t d, Py_ssize_t n, Py_ssize_t begin, Py_ssize_t end, real* O,
+                           Py_ssize_t ldo, Py_ssize_t ahead) noexcept nogil:
     # O[i, d..] += sum_j P[j - begin, i] V[j, d..] over keys [begin, end), for mr rows and nv vectors, or n < VL columns of one
     cdef vf acc[16]
     cdef vf x[16]
-    cdef vf a
     cdef const char* data = values.data + d*v_size(kind)
     cdef const int64_t* at = values.at
-    cdef const char* next_data = values.next_data + d*v_size(kind) if ahead else data
-    cdef const int64_t* next_at = values.next if ahead else at
     cdef const char* row
-    cdef const char* next
+    cdef const char* later
     cdef Py_ssize_t j
     cdef int i, g
-    O += d
     for i in range(mr):
         for g in range(nv):
             acc[i*nv + g] = v_load(O + i*ldo + g*VL)
     for j in range(begin, end):
         row = data + at[j]
-        next = next_data + next_at[j]
-        for g in range((nv + vectors_of_line(kind) - 1)//vectors_of_line(kind)):
-            v_fetch_line(next + g*vectors_of_line(kind)*VL*v_size(kind))
+        if asks:
+            later = data + at[j + ahead]
+            for g in range((nv + vectors_of_line(kind) - 1)//vectors_of_line(kind)):
+                v_fetch_line(later + g*vectors_of_line(kind)*VL*v_size(kind))
         for g in range(nv):
             x[g] = v_load_part_as(row, 0, n, kind) if nv == 1 else v_load_as(row, g*VL, kind)
         for i in range(mr):
-            a = v_set1(P[(j - begin)*ldp + i])
             for g in range(nv):
-                acc[i*nv + g] = v_fma(a, x[g], acc[i*nv + g])
+                acc[i*nv + g] = v_fma(v_set1(P[i]), x[g], acc[i*nv + g])
+        P += ldp
     for i in range(mr):
         for g in range(nv):
             v_store(O + i*ldo + g*VL, acc[i*nv + g])
 
 
-cdef inline void rows_values(const int mr, const int kind, Task* t, const Source* values, Py_ssize_t lane, const real* P,
-                             Py_ssize_t ldp, Py_ssize_t begin, Py_ssize_t end, bint ahead) noexcept nogil:
+cdef inline void tiles_rows(const int mr, const int each, const int nv, const int kind, const real* P, Py_ssize_t ldp,
+                            const Source* values, Py_ssize_t d, Py_ssize_t n, Py_ssize_t begin, Py_ssize_t end, real* O,
+                            Py_ssize_t ldo, Py_ssize_t ahead) noexcept nogil:
+    # mr rows, `each` of them at a time
+    cdef int i = each
+    tile_rows(each, nv, True, kind, P, ldp, values, d, n, begin, end, O + d, ldo, ahead)
+    while i < mr:
+        tile_rows(each, nv, False, kind, P + i, ldp, values, d, n, begin, end, O + i*ldo + d, ldo, 0)
+        i += each
+
+
+cdef inline void rows_values(const int mr, const int kind, const Task* t, const Source* values, Py_ssize_t lane, const real* P,
+                             Py_ssize_t ldp, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t ahead) noexcept nogil:
+    # Ob[lane + i] += sum_j P[j - begin, i] V[j]. Columns go together as far as the registers hold them, and rows in turn: in
+    # memory's view the values come whole, and a STEP of them stays in the first-level cache meanwhile.
+    cdef int widest = 8 if mr == 1 or SUMS == 16 else 4
     cdef Py_ssize_t Dv = t.p.Dv
     cdef Py_ssize_t ldo = whole(Dv)
     cdef real* O = t.Ob + lane*ldo
+    cdef Py_ssize_t stop
     cdef Py_ssize_t d = 0
-    if mr*8 <= SUMS:
-        while Dv - d >= 8*VL:
-            tile_rows(mr, 8, kind, P, values, d, VL, begin, end, ldp, O, ldo, ahead)
+    while begin < end:
+        stop = min(end, begin + STEP)
+        d = 0
+        while widest == 8 and Dv - d >= 8*VL:
+            tiles_rows(mr, min(mr, SUMS//8), 8, kind, P, ldp, values, d, VL, begin, stop, O, ldo, ahead)
             d += 8*VL
-    if mr*4 <= SUMS:
         while Dv - d >= 4*VL:
-            tile_rows(mr, 4, kind, P, values, d, VL, begin, end, ldp, O, ldo, ahead)
+            tiles_rows(mr, min(mr, SUMS//4), 4, kind, P, ldp, values, d, VL, begin, stop, O, ldo, ahead)
             d += 4*VL
-    while Dv - d >= 2*VL:
-        tile_rows(mr, 2, kind, P, values, d, VL, begin, end, ldp, O, ldo, ahead)
-        d += 2*VL
-    while d < Dv:
-        tile_rows(mr, 1, kind, P, values, d, Dv - d, begin, end, ldp, O, ldo, ahead)
-        d += VL
+        while d < Dv:
+            tiles_rows(mr, mr, 1, kind, P, ldp, values, d, Dv - d, begin, stop, O, ldo, ahead)
+            d += VL
+        P += STEP*ldp
+        begin = stop
 
 
-cdef inline void kind_values(const int kind, Task* t, const Source* values, Py_ssize_t lane, Py_ssize_t rows,
-                             Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
-    cdef bint ahead = lane == 0 and values.n_next > 0
-    while rows > SUMS//4:
-        rows_values(SUMS//2, kind, t, values, lane, t.S + begin*LANES + lane, LANES, begin, end, ahead)
-        lane += SUMS//2
-        rows -= SUMS//2
-        ahead = False
-    if SUMS == 16 and rows > 2:
-        rows_values(4, kind, t, values, lane, t.S + begin*LANES + lane, LANES, begin, end, ahead)
-        lane += 4
-        rows -= 4
-        ahead = False
-    if rows >= 2:
-        rows_values(2, kind, t, values, lane, t.S + begin*LANES + lane, LANES, begin, end, ahead)
-        lane += 2
-        rows -= 2
-        ahead = False
-    if rows >= 1:
-        rows_values(1, kind, t, values, lane, t.S + begin*LANES + lane, LANES, begin, end, ahead)
+cdef inline void weigh_tile(const int mr, const bint scaled, Task* t, const Source* values, Py_ssize_t lane, Py_ssize_t n,
+                            real* P, const real* top) noexcept nogil:
+    # The reference of mr rows, moved if need be, P[keys][mr] by it, and its sums in the order of `weigh`. scaled: rows of
+    # values have scales, which go into P.
+    cdef int vectors = mr//VL if mr > VL else 1         # of a key, or of VL / mr keys
+    cdef Py_ssize_t end = n*mr
+    cdef Py_ssize_t j = 0
+    cdef real repeated[16]                              # base of the rows, as lanes have them
+    cdef real flat[16*16]
+    cdef vf sums[16]                                    # of CHAINS pairs of keys
+    cdef vf most[4]
+    cdef vf x, y
+    cdef vf k = v_set1(t.kappa)
+    cdef int g, i
+    for i in range(SUMS//VL):
+        x = v_load(top + i*VL)
+        most[i % vectors] = v_max(x, most[i % vectors]) if i >= vectors else x
+    i = VL//2
+    while i >= mr:
+        most[0] = v_max(v_rotate(most[0], i), most[0])
+        i //= 2
+    for g in range(vectors):
+        v_store_part(t.base + lane + g*VL, most[g], mr - g*VL)
+        move_reference(t.kappa, mr - g*VL, t.m + lane + g*VL, t.base + lane + g*VL, t.c + lane + g*VL)
+    for i in range(vectors*VL):
+        repeated[i] = t.base[lane + i % mr]
+    for i in range(max(1, CHAINS*mr*(2 if 2*mr <= VL else 1)//VL)):
+        sums[i] = v_zero()
+    while j < end:
+        if 2*mr <= VL:                                  # a pair of keys in one vector
+            for i in range(2*CHAINS*mr//VL):
+                if j + i*VL < end:
+                    x = weight(v_load(P + j + i*VL), v_load(repeated), k, False, 0)
+                    v_store(P + j + i*VL, v_mul(x, v_repeat(values.scale, j + i*VL, mr)) if scaled else x)
+                    if j + (i + 1)*VL > end:
+                        x = v_keep(x, (<uint64_t>1 << (end - j - i*VL)) - 1)
+                    sums[i] = v_add(sums[i], v_add(x, v_rotate(x, mr)))
+        else:
+            for i in range(CHAINS*vectors):
+                g = (i//vectors*2*vectors + i % vectors)*VL
+                if j + g < end:
+                    x = weight(v_load(P + j + g), v_load(repeated + i % vectors*VL), k, False, 0)
+                    v_store(P + j + g, v_mul(x, v_repeat(values.scale, j + g, mr)) if scaled else x)
+                    g += vectors*VL
+                    if j + g < end:
+                        y = weight(v_load(P + j + g), v_load(repeated + i % vectors*VL), k, False, 0)
+                        v_store(P + j + g, v_mul(y, v_repeat(values.scale, j + g, mr)) if scaled else y)
+                        x = v_add(x, y)
+                    sums[i] = v_add(sums[i], x)
+        j += 2*CHAINS*mr
+    for i in range(max(1, CHAINS*mr*(2 if 2*mr <= VL else 1)//VL)):
+        v_store(flat + i*VL, sums[i])
+    for i in range(CHAINS*mr):      # of narrow vectors the first of each two groups of mr lanes holds the sums of a pair
+        g = 2*(i - i % mr) + i % mr if 2*mr <= VL else i
+        t.total[i//mr*LANES + lane + i % mr] = flat[g]
 
 
-cdef void few_values(Task* t, int first, int vectors, const Source* values, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
-    # Ob += Pt V over keys [begin, end) of the block
-    cdef Py_ssize_t lane = first*VL
-    cdef Py_ssize_t rows = min(<Py_ssize_t>vectors*VL, t.n_queries - lane)
-    cdef Py_ssize_t j
-    cdef int g
-    cdef vf s
-    if sizeof(real) == 8 or values.kind == FASTATTN_REAL:
-        kind_values(FASTATTN_REAL, t, values, lane, rows, begin, end)
-    elif values.kind == FASTATTN_F16:
-        kind_values(FASTATTN_F16, t, values, lane, rows, begin, end)
-    elif values.kind == FASTATTN_BF16:
-        kind_values(FASTATTN_BF16, t, values, lane, rows, begin, end)
+# A function for each loop over keys: in one for all, gcc hoists constants of some into registers that others need.
+
+cdef inline void any_dots(const int kind, int mr, const Task* t, const Source* keys, Py_ssize_t lane, Py_ssize_t begin,
+                          Py_ssize_t n, Py_ssize_t ahead, real* P, real* top) noexcept nogil:
+    if mr == SUMS//2:
+        rows_dots(SUMS//2, kind, t, keys, lane, begin, n, ahead, P, top)
+    elif SUMS == 16 and mr == 4:
+        rows_dots(4, kind, t, keys, lane, begin, n, ahead, P, top)
+    elif mr == 2:
+        rows_dots(2, kind, t, keys, lane, begin, n, ahead, P, top)
     else:
+        rows_dots(1, kind, t, keys, lane, begin, n, ahead, P, top)
+
+
+cdef void dots_real(int mr, const Task* t, const Source* keys, Py_ssize_t lane, Py_ssize_t begin, Py_ssize_t n,
+                    Py_ssize_t ahead, real* P, real* top) noexcept nogil:
+    any_dots(FASTATTN_REAL, mr, t, keys, lane, begin, n, ahead, P, top)
+
+
+cdef void dots_f16(int mr, const Task* t, const Source* keys, Py_ssize_t lane, Py_ssize_t begin, Py_ssize_t n,
+                   Py_ssize_t ahead, real* P, real* top) noexcept nogil:
+    any_dots(FASTATTN_F16, mr, t, keys, lane, begin, n, ahead, P, top)
+
+
+cdef void dots_bf16(int mr, const Task* t, const Source* keys, Py_ssize_t lane, Py_ssize_t begin, Py_ssize_t n,
+                    Py_ssize_t ahead, real* P, real* top) noexcept nogil:
+    any_dots(FASTATTN_BF16, mr, t, keys, lane, begin, n, ahead, P, top)
+
+
+cdef void dots_i8(int mr, const Task* t, const Source* keys, Py_ssize_t lane, Py_ssize_t begin, Py_ssize_t n,
+                  Py_ssize_t ahead, real* P, real* top) noexcept nogil:
+    any_dots(FASTATTN_I8, mr, t, keys, lane, begin, n, ahead, P, top)
+
+
+cdef void tile_dots(int mr, const Task* t, const Source* keys, Py_ssize_t lane, Py_ssize_t begin, Py_ssize_t n,
+                    real* P, real* top) noexcept nogil:
+    # The first tile of rows asks for the rows to come. Doubles are stored as such: the build for them has no other loops.
+    cdef Py_ssize_t ahead = keys.ahead if lane == 0 else 0
+    if sizeof(real) == 8 or keys.kind == FASTATTN_REAL:
+        dots_real(mr, t, keys, lane, begin, n, ahead, P, top)
+    elif keys.kind == FASTATTN_F16:
+        dots_f16(mr, t, keys, lane, begin, n, ahead, P, top)
+    elif keys.kind == FASTATTN_BF16:
+        dots_bf16(mr, t, keys, lane, begin, n, ahead, P, top)
+    else:
+        dots_i8(mr, t, keys, lane, begin, n, ahead, P, top)
+
+
+cdef inline void any_values(const int kind, int mr, const Task* t, const Source* values, Py_ssize_t lane, const real* P,
+                            Py_ssize_t ldp, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t ahead) noexcept nogil:
+    if mr == SUMS//2:
+        rows_values(SUMS//2, kind, t, values, lane, P, ldp, begin, end, ahead)
+    elif SUMS == 16 and mr == 4:
+        rows_values(4, kind, t, values, lane, P, ldp, begin, end, ahead)
+    elif mr == 2:
+        rows_values(2, kind, t, values, lane, P, ldp, begin, end, ahead)
+    else:
+        rows_values(1, kind, t, values, lane, P, ldp, begin, end, ahead)
+
+
+cdef void values_real(int mr, const Task* t, const Source* values, Py_ssize_t lane, const real* P, Py_ssize_t ldp,
+                      Py_ssize_t begin, Py_ssize_t end, Py_ssize_t ahead) noexcept nogil:
+    any_values(FASTATTN_REAL, mr, t, values, lane, P, ldp, begin, end, ahead)
+
+
+cdef void values_f16(int mr, const Task* t, const Source* values, Py_ssize_t lane, const real* P, Py_ssize_t ldp,
+                     Py_ssize_t begin, Py_ssize_t end, Py_ssize_t ahead) noexcept nogil:
+    any_values(FASTATTN_F16, mr, t, values, lane, P, ldp, begin, end, ahead)
+
+
+cdef void values_bf16(int mr, const Task* t, const Source* values, Py_ssize_t lane, const real* P, Py_ssize_t ldp,
+                      Py_ssize_t begin, Py_ssize_t end, Py_ssize_t ahead) noexcept nogil:
+    any_values(FASTATTN_BF16, mr, t, values, lane, P, ldp, begin, end, ahead)
+
+
+cdef void values_i8(int mr, const Task* t, const Source* values, Py_ssize_t lane, const real* P, Py_ssize_t ldp,
+                    Py_ssize_t begin, Py_ssize_t end, Py_ssize_t ahead) noexcept nogil:
+    any_values(FASTATTN_I8, mr, t, values, lane, P, ldp, begin, end, ahead)
+
+
+cdef void tile_values(int mr, const Task* t, const Source* values, Py_ssize_t lane, const real* P, Py_ssize_t ldp,
+                      Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    cdef Py_ssize_t ahead = values.ahead if lane == 0 else 0
+    if sizeof(real) == 8 or values.kind == FASTATTN_REAL:
+        values_real(mr, t, values, lane, P, ldp, begin, end, ahead)
+    elif values.kind == FASTATTN_F16:
+        values_f16(mr, t, values, lane, P, ldp, begin, end, ahead)
+    elif values.kind == FASTATTN_BF16:
+        values_bf16(mr, t, values, lane, P, ldp, begin, end, ahead)
+    else:
+        values_i8(mr, t, values, lane, P, ldp, begin, end, ahead)
+
+
+cdef inline void any_weights(const bint scaled, int mr, Task* t, const Source* values, Py_ssize_t lane, Py_ssize_t n,
+                             real* P, const real* top) noexcept nogil:
+    if mr == SUMS//2:
+        weigh_tile(SUMS//2, scaled, t, values, lane, n, P, top)
+    elif SUMS == 16 and mr == 4:
+        weigh_tile(4, scaled, t, values, lane, n, P, top)
+    elif mr == 2:
+        weigh_tile(2, scaled, t, values, lane, n, P, top)
+    else:
+        weigh_tile(1, scaled, t, values, lane, n, P, top)
+
+
+cdef void tile_weights(int mr, Task* t, const Source* values, Py_ssize_t lane, Py_ssize_t n, real* P,
+                       const real* top) noexcept nogil:
+    if sizeof(real) == 4 and values.kind == FASTATTN_I8:
+        any_weights(True, mr, t, values, lane, n, P, top)
+    else:
+        any_weights(False, mr, t, values, lane, n, P, top)
+
+
+cdef inline int rows_of_tile(Py_ssize_t rows) noexcept nogil:
+    if rows > SUMS//4:
+        return SUMS//2
+    if SUMS == 16 and rows > 2:
+        return 4
+    return 2 if rows >= 2 else 1
+
+
+cdef void few_scores(Task* t, int first, int vectors, const Operands* of, Py_ssize_t begin, Py_ssize_t n) noexcept nogil:
+    # S[begin + j] = Q · K[begin + j] for n keys of a block; lanes behind the last row get other sums
+    cdef Py_ssize_t lane = first*VL
+    cdef Py_ssize_t end = min(lane + <Py_ssize_t>vectors*VL, t.n_queries)
+    cdef Py_ssize_t i, j
+    cdef real top[SUMS]
+    cdef int mr
+    while lane < end:
+        mr = rows_of_tile(end - lane)
+        tile_dots(mr, t, &of.keys, lane, begin, n, t.sums, top)
+        v_store(t.sums + (n*mr + SUMS - 1)//SUMS*SUMS, v_zero())    # what the lanes behind the last sums get
+        for j in range(n):
+            i = 0
+            while i < mr:
+                v_store_part(t.S + (begin + j)*LANES + lane + i, v_load(t.sums + j*mr + i), LANES - lane - i)
+                i += VL
+        lane += mr
+
+
+cdef void few_values(Task* t, int first, int vectors, const Operands* of, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    # Ob += Pt V over keys [begin, end) of a block, P in S
+    cdef Py_ssize_t lane = first*VL
+    cdef Py_ssize_t last = min(lane + <Py_ssize_t>vectors*VL, t.n_queries)
+    cdef Py_ssize_t j
+    cdef int g, mr
+    cdef vf s
+    if of.values.kind == FASTATTN_I8:
         for j in range(begin, end):
-            s = v_set1(values.scale[j])
+            s = v_set1(of.values.scale[j])
             for g in range(vectors):
                 v_store(t.S + j*LANES + lane + g*VL, v_mul(v_load(t.S + j*LANES + lane + g*VL), s))
-        kind_values(FASTATTN_I8, t, values, lane, rows, begin, end)
+    while lane < last:
+        mr = rows_of_tile(last - lane)
+        tile_values(mr, t, &of.values, lane, t.S + begin*LANES + lane, LANES, begin, end)
+        lane += mr
 
 
-cdef inline void plain_rows(const int mr, const int kind, Task* t, const Operands* of, Py_ssize_t lane, Py_ssize_t n_keys,
-                            bint ahead) noexcept nogil:
-    # All stages for mr rows and n_keys keys of a block, which all rows see, without bias and softcap: scores stay as they are
-    # summed, P[keys][mr], and no lane is wasted. The same operations in the same order, so the same bits, as by way of S.
-    # The dots of a step go between the values of the one before: keys and values then come from memory in turn.
-    cdef real* P = t.sums
-    cdef real* next_P = t.sums + SCORES
-    cdef real* scaled = t.sums + 2*SCORES
-    cdef real* chain
-    cdef real repeated[16]          # base of the rows, as lanes have them
-    cdef vf acc[16]
-    cdef bint narrow = 8*mr <= VL   # some vectors hold the weights of a step
-    cdef vf sums[16]                # and these the sums of its eight pairs of keys
-    cdef Py_ssize_t begin = 0
-    cdef Py_ssize_t chunk = (4 if kind == FASTATTN_REAL else 8) if mr <= 2 else 8 if mr == 4 and SUMS == 16 else STEP
-    cdef Py_ssize_t j, n, n_next
-    cdef int i
-    cdef vf k = v_set1(t.kappa)
-    cdef vf x
-    for i in range(max(<int>VL, mr)):
-        repeated[i] = t.base[lane + i % mr]
-    for i in range(16):
-        sums[i] = v_zero()
-    step_dots(mr, kind, t, &of.keys, lane, 0, 0, STEP, ahead, acc, P)
-    while begin < n_keys:
-        n = min(<Py_ssize_t>STEP, n_keys - begin)
-        n_next = min(<Py_ssize_t>STEP, n_keys - begin - n)
-        j = 0
-        while j < n*mr:
-            x = v_load(P + j)
-            if kind == FASTATTN_I8:
-                x = v_mul(x, v_repeat(of.keys.scale + begin, j, mr))
-            x = weight(x, v_load(repeated + (j % mr if mr > VL else 0)), k, False, 0)
-            v_store(P + j, x)
-            if kind == FASTATTN_I8:
-                v_store(scaled + j, v_mul(x, v_repeat(of.values.scale + begin, j, mr)))
-            j += VL
-        j = 0
-        while j < n:
-            rows_values(mr, kind, t, &of.values, lane, (scaled if kind == FASTATTN_I8 else P) + j*mr, mr, begin + j,
-                        begin + min(j + chunk, n), ahead)
-            if n_next > 0:
-                step_dots(mr, kind, t, &of.keys, lane, begin + n, j, chunk, ahead, acc, next_P)
-            j += chunk
-        # only now: a load that straddles two stores waits until they are done
-        if narrow:
-            for i in range(STEP*mr//VL):
-                x = v_load_part(P + i*VL, n*mr - i*VL) if i*VL < n*mr else v_zero()
-                sums[i] = v_add(sums[i], v_add(x, v_rotate(x, mr)))
-        else:
-            for j in range(0, n, 2):
-                i = 0
-                while i < mr:
-                    x = v_load(P + j*mr + i)
-                    if j + 1 < n:
-                        x = v_add(x, v_load(P + (j + 1)*mr + i))
-                    chain = t.total + j//2*LANES + lane + i
-                    v_store_part(chain, v_add(v_load_part(chain, mr - i), x), mr - i)
-                    i += VL
-        P, next_P = next_P, P
-        begin += n
-    if narrow:                  # the first of each two groups of mr lanes holds the sums of a pair of keys
-        for i in range(CHAINS*mr):
-            t.total[i//mr*LANES + lane + i % mr] += (<real*>sums)[2*(i - i % mr) + i % mr]
-
-
-cdef inline void plain_kind(const int kind, Task* t, const Operands* of, Py_ssize_t lane, Py_ssize_t rows,
-                            Py_ssize_t n_keys) noexcept nogil:
-    cdef bint ahead = lane == 0 and of.keys.n_next > 0 and of.values.n_next > 0
-    while rows > SUMS//4:
-        plain_rows(SUMS//2, kind, t, of, lane, n_keys, ahead)
-        lane += SUMS//2
-        rows -= SUMS//2
-        ahead = False
-    if SUMS == 16 and rows > 2:
-        plain_rows(4, kind, t, of, lane, n_keys, ahead)
-        lane += 4
-        rows -= 4
-        ahead = False
-    if rows >= 2:
-        plain_rows(2, kind, t, of, lane, n_keys, ahead)
-        lane += 2
-        rows -= 2
-        ahead = False
-    if rows >= 1:
-        plain_rows(1, kind, t, of, lane, n_keys, ahead)
-
-
-# A function for each kind: in one for all, the loops would share its registers.
-
-cdef void plain_real(Task* t, const Operands* of, Py_ssize_t lane, Py_ssize_t rows, Py_ssize_t n_keys) noexcept nogil:
-    plain_kind(FASTATTN_REAL, t, of, lane, rows, n_keys)
-
-
-cdef void plain_f16(Task* t, const Operands* of, Py_ssize_t lane, Py_ssize_t rows, Py_ssize_t n_keys) noexcept nogil:
-    plain_kind(FASTATTN_F16, t, of, lane, rows, n_keys)
-
-
-cdef void plain_bf16(Task* t, const Operands* of, Py_ssize_t lane, Py_ssize_t rows, Py_ssize_t n_keys) noexcept nogil:
-    plain_kind(FASTATTN_BF16, t, of, lane, rows, n_keys)
-
-
-cdef void plain_i8(Task* t, const Operands* of, Py_ssize_t lane, Py_ssize_t rows, Py_ssize_t n_keys) noexcept nogil:
-    plain_kind(FASTATTN_I8, t, of, lane, rows, n_keys)
-
-
-cdef void few_plain(Task* t, int first, int vectors, const Operands* of, Py_ssize_t n) noexcept nogil:
-    # Ob += P V and the sums of weights by the present references, for n keys that all rows see
+cdef void few_whole(Task* t, int first, int vectors, const Operands* of, Py_ssize_t n) noexcept nogil:
+    # Ob += P V, the sums of weights and what becomes of the reference, for the n keys of a block, which all rows see
     cdef Py_ssize_t lane = first*VL
-    cdef Py_ssize_t rows = min(<Py_ssize_t>vectors*VL, t.n_queries - lane)
-    if sizeof(real) == 8 or of.keys.kind == FASTATTN_REAL:
-        plain_real(t, of, lane, rows, n)
-    elif of.keys.kind == FASTATTN_F16:
-        plain_f16(t, of, lane, rows, n)
-    elif of.keys.kind == FASTATTN_BF16:
-        plain_bf16(t, of, lane, rows, n)
-    else:
-        plain_i8(t, of, lane, rows, n)
+    cdef Py_ssize_t end = min(lane + <Py_ssize_t>vectors*VL, t.n_queries)
+    cdef Py_ssize_t i
+    cdef real top[SUMS]
+    cdef int mr
+    for i in range(lane, lane + vectors*VL):        # lanes without a row
+        t.c[i] = 1
+    while lane < end:
+        mr = rows_of_tile(end - lane)
+        tile_dots(mr, t, &of.keys, lane, 0, n, t.sums, top)
+        tile_weights(mr, t, &of.values, lane, n, t.sums, top)
+        tile_values(mr, t, &of.values, lane, t.sums, mr, 0, n)
+        lane += mr
+    add_sums(vectors, t.total + first*VL, t.c + first*VL, t.l + first*VL)
 
 
 cdef void clear_block(Task* t, int first, int vectors) noexcept nogil:
+    # as many rows as tiles may reach
     cdef Py_ssize_t ldo = whole(t.p.Dv)
-    memset(t.Ob + first*VL*ldo, 0, vectors*VL*ldo*sizeof(real))
+    cdef Py_ssize_t rows = min(<Py_ssize_t>vectors*VL, (t.n_queries - first*VL + SUMS//2 - 1)//(SUMS//2)*(SUMS//2))
+    memset(t.Ob + first*VL*ldo, 0, rows*ldo*sizeof(real))
 
 
 cdef void add_block(Task* t, int first, int vectors) noexcept nogil:
@@ -399,49 +453,89 @@ cdef inline void repeat_last(int64_t* at, Py_ssize_t n) noexcept nogil:
         at[j] = at[n - 1]
 
 
-cdef void find_source(Task* t, const fastattn_array* a, const char* data, const fastattn_array* scale, const float* scales,
-                      int64_t block, Py_ssize_t n, int64_t* at, Source* source) noexcept nogil:
-    # at: [2][ROOM]; the rows of the block that follows are looked up now, for they are fetched while this one is multiplied
-    cdef int side = block//BLOCK % 2
+cdef void find_source(Task* t, const fastattn_array* a, const char* data, Py_ssize_t D, int64_t block, Py_ssize_t n,
+                      int64_t* at, Source* source) noexcept nogil:
+    # Blocks of one array have the same table, but for the last, whose rows end: it stays. Behind it the distance of its rows
+    # says whose it is.
     cdef Py_ssize_t size = v_size(a.kind)
-    source.data = source.next_data = data
+    cdef bint even = t.pages == NULL and t.end - block >= ROOM - AHEAD
+    cdef Py_ssize_t j, rows
+    source.data = data
     source.kind = a.kind
-    source.at = at + side*ROOM
-    source.next = at + (1 - side)*ROOM
-    source.n_next = max(<int64_t>0, min(t.k_end - block - n, <int64_t>BLOCK)) if a.col == 1 else 0
-    if t.found != block:
-        find_rows(t, a, block, n, size, at + side*ROOM)
-        repeat_last(at + side*ROOM, n)
-    if source.n_next > 0:
-        find_rows(t, a, block + n, source.n_next, size, at + (1 - side)*ROOM)
-        repeat_last(at + (1 - side)*ROOM, source.n_next)
-    find_scales(t, scale, scales, block, n, source.scale)
+    source.at = at
+    source.ahead = max(<Py_ssize_t>4, min(<Py_ssize_t>AHEAD, AHEAD_BYTES//max(<Py_ssize_t>1, D*size)))
+    if even:
+        source.data += block*a.row*size
+        if at[ROOM] != a.row:
+            for j in range(ROOM):
+                at[j] = j*a.row*size
+    else:
+        rows = min(t.end - block, <int64_t>(n + source.ahead))
+        find_rows(t, a, block, rows, size, at)
+        repeat_last(at, rows)
+    at[ROOM] = a.row if even else INT64_MAX
+
+
+cdef void source_scales(Task* t, const fastattn_array* a, const float* scales, int64_t block, Py_ssize_t n,
+                        Source* source) noexcept nogil:
+    # of the rows of a block, and of those past the last that tiles may read; those of the next block are asked for
+    cdef Py_ssize_t j = 0
+    cdef Py_ssize_t n_run
+    cdef int64_t first
+    cdef int64_t next = block + n
+    cdef Py_ssize_t n_next = min(t.end - next, <int64_t>BLOCK)
+    while a.row == 1 and j < n_next:
+        n_run = even_rows(t, a, next + j, n_next - j, &first)
+        v_fetch_soon(<const char*>(scales + first), n_run*sizeof(float) + 60)
+        j += n_run
+    find_scales(t, a, scales, block, n, source.scale)
+    for j in range(n, n + 16):
+        source.scale[j] = source.scale[n - 1]
 
 
 cdef void packed_source(const real* data, Py_ssize_t row, Py_ssize_t n, int64_t* at, Source* source) noexcept nogil:
-    # rows of reals one behind the other; what follows is fetched from where it lies
+    # rows of reals one behind the other
     cdef Py_ssize_t j
     source.data = <const char*>data
     source.kind = FASTATTN_REAL
     source.at = at
+    source.ahead = 0
     for j in range(n):
         at[j] = j*row*sizeof(real)
     repeat_last(at, n)
+    at[ROOM] = INT64_MAX
 
 
 cdef void few_operands(Task* t, int64_t block, Py_ssize_t n, Operands* of) noexcept nogil:
     # Many rows widen each key and value once, a few as often as there are tiles of rows.
     cdef const fastattn_problem* p = t.p
     cdef bint once = t.n_queries > SUMS
-    find_source(t, &p.key, t.k, &p.key_scale, t.k_scale, block, n, t.k_at, &of.keys)
-    find_source(t, &p.value, t.v, &p.value_scale, t.v_scale, block, n, t.v_at, &of.values)
-    t.found = block + n if p.key.col == 1 and p.value.col == 1 else -1
     of.packs_k = p.key.col != 1 or (once and p.key.kind != FASTATTN_REAL)
     of.packs_v = p.value.col != 1 or of.clean or (once and p.value.kind != FASTATTN_REAL)
     if of.packs_k:
-        packed_source(t.packed_k, p.D, n, t.packed_at, &of.keys)
+        packed_source(t.packed_k, p.D, n, t.k_at, &of.keys)
+    else:
+        find_source(t, &p.key, t.k, p.D, block, n, t.k_at, &of.keys)
     if of.packs_v:
-        packed_source(t.packed_v, p.Dv, n, t.packed_at + ROOM, &of.values)
+        packed_source(t.packed_v, p.Dv, n, t.v_at, &of.values)
+    elif (t.pages != NULL and not of.packs_k and p.key.kind == p.value.kind and p.D == p.Dv and p.key.row == p.value.row
+            and p.key.lead[0] == p.value.lead[0]):
+        of.values.data = t.v
+        of.values.kind = of.keys.kind
+        of.values.at = of.keys.at
+        of.values.ahead = of.keys.ahead
+    else:
+        find_source(t, &p.value, t.v, p.Dv, block, n, t.v_at, &of.values)
+    if of.keys.kind == FASTATTN_I8:
+        source_scales(t, &p.key_scale, t.k_scale, block, n, &of.keys)
+    if of.values.kind == FASTATTN_I8:
+        source_scales(t, &p.value_scale, t.v_scale, block, n, &of.values)
+
+
+cdef inline bint stays_packed(const Task* t, const Operands* of, bint masked) noexcept nogil:
+    # Whether scores need no lanes of S: few_whole.
+    return (not masked and t.bias == NULL and t.p.softcap == 0 and of.keys.kind == of.values.kind
+            and not of.in_turn)
 
 
 cdef void few_queries(Task* t, const char* q, real sign) noexcept nogil:

@@ -175,7 +175,6 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
     if t.cut and not finite_output(&t):
         # 0 · NaN or 0 · Inf of a value may have reached lanes that do not see its key
         t.careful = True
-        t.found = -1
         if not walk(&t, caller):
             return
     if t.few and place.splits > 1:

@@ -33,6 +33,7 @@ cdef extern from "simd.h" nogil:
     void v_fetch_soon(const char*, Py_ssize_t)
     void v_fetch_line(const char*)
     void v_fetch_later(const char*, Py_ssize_t)
+    const real* v_anchor(const real*)
     vf v_load(const real*)
     void v_store(real*, vf)
     vf v_set1(real)

@@ -231,11 +231,21 @@ cdef inline void maximum(const int nv, const real* S, const Parts* parts, real* 
         v_store(result + g*VL, top[g])
 
 
+cdef inline void move_reference(real kappa, Py_ssize_t n, real* m, real* base, real* c) noexcept nogil:
+    # base holds the maxima of n rows, VL at most: where the weight of one would pass 2^HEADROOM, it becomes m.
+    cdef vf k = v_set1(kappa)
+    cdef vf top = v_load_part(base, n)
+    cdef vf old = v_load_part(m, n)
+    cdef vf new = v_where_lt(v_set1(HEADROOM), v_mul(v_sub(top, old), k), top, old)
+    v_store_part(m, new, n)
+    new = v_where_lt(new, v_set1(-REAL_MAX), v_zero(), new)
+    v_store_part(base, new, n)
+    v_store_part(c, v_exp2(v_mul(v_sub(old, new), k)), n)
+
+
 cdef void new_reference(int vectors, const real* S, const Parts* parts, real kappa, real* m, real* base,
                         real* c) noexcept nogil:
     # Move m to the maximum of the block's rows that take part where its weight would pass 2^HEADROOM.
-    cdef vf top, old, new
-    cdef vf k = v_set1(kappa)
     cdef int g = 0
     while g + 4 <= vectors:
         maximum(4, S + g*VL, parts, base + g*VL)
@@ -244,10 +254,4 @@ cdef void new_reference(int vectors, const real* S, const Parts* parts, real kap
         maximum(1, S + g*VL, parts, base + g*VL)
         g += 1
     for g in range(vectors):
-        top = v_load(base + g*VL)
-        old = v_load(m + g*VL)
-        new = v_where_lt(v_set1(HEADROOM), v_mul(v_sub(top, old), k), top, old)
-        v_store(m + g*VL, new)
-        new = v_where_lt(new, v_set1(-REAL_MAX), v_zero(), new)
-        v_store(base + g*VL, new)
-        v_store(c + g*VL, v_exp2(v_mul(v_sub(old, new), k)))
+        move_reference(kappa, VL, m + g*VL, base + g*VL, c + g*VL)

@@ -57,11 +57,9 @@ cdef struct Task:
     real* packed_v
     # few rows
     real* Ob                        # [LANES][Dv'] what a block adds to O
-    real* sums                      # [3][SCORES]
-    int64_t* k_at                   # [2][ROOM] elements from k to the rows of the present block and of the next one
+    real* sums                      # [SCORES] P of a tile of rows
+    int64_t* k_at                   # [ROOM + 1] bytes to the rows of a block and to those behind; their distance, where it is one
     int64_t* v_at
-    int64_t* packed_at              # [2][ROOM] and to those that were packed, keys and values
-    int64_t found                   # the block whose rows were looked up ahead
 
 
 cdef inline int64_t lead_offset(const fastattn_problem* p, const int64_t* strides, int64_t b) noexcept nogil:
@@ -92,11 +90,24 @@ cdef inline bint even_lanes(const Task* t, const fastattn_array* a, Py_ssize_t* 
     return t.heads == 1 or t.each == 1 or a.head == t.each*a.row
 
 
-cdef inline int64_t key_at(const Task* t, const fastattn_array* a, int64_t key) noexcept nogil:
-    # elements from the array's begin to the row of a key; of pages without visible keys, to somewhere inside
+cdef inline Py_ssize_t even_rows(const Task* t, const fastattn_array* a, int64_t key, int64_t n, int64_t* first) noexcept nogil:
+    # How many of n keys from `key` on have rows at equal distances, and the elements to the first of them; of pages without
+    # visible keys, to somewhere inside.
+    cdef int64_t index
+    first[0] = key*a.row
     if t.pages == NULL:
-        return key*a.row
-    return max(t.pages[key // t.p.page], <int32_t>0)*a.lead[0] + key % t.p.page*a.row
+        return n
+    index = key // t.p.page
+    key -= index*t.p.page
+    first[0] = max(t.pages[index], <int32_t>0)*a.lead[0] + key*a.row
+    return min(n, t.p.page - key)
+
+
+cdef inline int64_t key_at(const Task* t, const fastattn_array* a, int64_t key) noexcept nogil:
+    # elements from the array's begin to the row of a key
+    cdef int64_t at
+    even_rows(t, a, key, 1, &at)
+    return at
 
 
 cdef void intervals(Task* t, int64_t n_keys) noexcept nogil:

@@ -216,11 +216,10 @@ cdef size_t lay_out(Task* t, const fastattn_problem* p, char* memory) noexcept n
     t.Ob = at
     at += aligned(whole(p.Dv)*LANES)
     t.sums = at
-    at += 3*SCORES
+    at += SCORES
     t.k_at = <int64_t*>at
-    t.v_at = t.k_at + 2*ROOM
-    t.packed_at = t.v_at + 2*ROOM
-    t.top_at = t.packed_at + 2*ROOM
+    t.v_at = t.k_at + ROOM + 1
+    t.top_at = t.v_at + ROOM + 1
     t.top = <real*>(t.top_at + p.k*LANES)
     return <char*>(t.top + p.k*LANES) - memory
 
@@ -319,7 +318,8 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, void* 
     t.kappa = <real>kappa
     if t.few:
         few_queries(t, q, sign)
-        t.found = -1
+        t.k_at[ROOM] = INT64_MAX
+        t.v_at[ROOM] = INT64_MAX
     else:
         pack_queries(q + t.q_begin*p.query.row*v_size(p.query.kind), p.query.row, p.query.col, p.query.kind, t.n_queries,
                      t.vectors, p.D//WORD, sign, t.Qt)
