@@ -5,7 +5,7 @@
 #     Q [rows][D']   P[j, i] = sum over lanes of  sum_d Q[i, d..] K[j, d..]        SUMS such vectors are summed together
 #     O [rows][Dv']  O[i, d..] = O[i, d..] c[i] + sum_j P[j, i] V[j, d..]          the same chain over j as in product_t
 #
-# Rows go in tiles of SUMS / 2, the last of them in one of 4, 2 or 1 where that holds them. All keys of a block, then all its
+# Rows go in tiles of SUMS / 2, the last of them in one of 6, 4, 2 or 1 where that holds them. All keys of a block, then all its
 # values: two long runs through memory, which a processor foresees; finer turns cost a quarter of the bandwidth.
 #
 # Blocks that all rows see, without bias and softcap, stay as they are summed: P[keys][rows of the tile], no lane wasted.
@@ -46,9 +46,15 @@ cdef inline Py_ssize_t vectors_of_line(const int kind) noexcept nogil:
     return 4 if v_size(kind)*VL*4 <= 64 else 64//(v_size(kind)*VL)
 
 
+cdef inline int ld_of(const int mr) noexcept nogil:
+    # how far the scores of two keys lie apart
+    return 8 if mr == 6 else mr
+
+
 cdef inline void group_dots(const int mr, const int nk, const int nv, const int kind, const real* Q, const char* data,
                             const int64_t* at, Py_ssize_t ahead, Py_ssize_t D, vf* acc) noexcept nogil:
     # The lanes of Q[i] · K[j] for mr rows and nk keys, of which the sum is left to do. D is nv vectors, or any where nv = 0.
+    # Six rows have the place of eight.
     cdef vf part[16]
     cdef vf x
     cdef const char* row[4]
@@ -77,8 +83,9 @@ cdef inline void group_dots(const int mr, const int nk, const int nv, const int 
             for i in range(mr):
                 part[j*mr + i] = v_fma(v_load(Q + i*ldq + d), x, part[j*mr + i])
         d += VL
-    for i in range(mr*nk):
-        acc[i] = part[i]
+    for j in range(nk):
+        for i in range(ld_of(mr)):
+            acc[j*ld_of(mr) + i] = part[j*mr + min(i, mr - 1)]
 
 
 cdef inline void deep_dots(const int mr, const int nv, const int kind, const Task* t, const Source* keys, Py_ssize_t lane,
@@ -91,33 +98,34 @@ cdef inline void deep_dots(const int mr, const int nv, const int kind, const Tas
     cdef vf most[4]
     cdef vf x
     cdef Py_ssize_t j = 0
-    cdef int nk = min(4, SUMS//mr)
+    cdef int ld = ld_of(mr)
+    cdef int nk = min(4, SUMS//ld)
     cdef int u
     for u in range(SUMS//VL):
-        most[u] = v_set1(-INFINITY)
+        most[u] = v_load(top + u*VL)
     while j < n:
         # written out: gcc keeps such a loop, and then the accumulators in memory
-        group_dots(mr, min(4, SUMS//mr), nv, kind, v_anchor(Q), data, at + j, ahead, D, acc)
-        if mr*nk < SUMS:
-            group_dots(mr, min(4, SUMS//mr), nv, kind, v_anchor(Q), data, at + j + nk, ahead, D, acc + mr*nk)
-        if 2*mr*nk < SUMS:
-            group_dots(mr, min(4, SUMS//mr), nv, kind, v_anchor(Q), data, at + j + 2*nk, ahead, D, acc + 2*mr*nk)
-            group_dots(mr, min(4, SUMS//mr), nv, kind, v_anchor(Q), data, at + j + 3*nk, ahead, D, acc + 3*mr*nk)
+        group_dots(mr, min(4, SUMS//ld_of(mr)), nv, kind, v_anchor(Q), data, at + j, ahead, D, acc)
+        if ld*nk < SUMS:
+            group_dots(mr, min(4, SUMS//ld_of(mr)), nv, kind, v_anchor(Q), data, at + j + nk, ahead, D, acc + ld*nk)
+        if 2*ld*nk < SUMS:
+            group_dots(mr, min(4, SUMS//ld_of(mr)), nv, kind, v_anchor(Q), data, at + j + 2*nk, ahead, D, acc + 2*ld*nk)
+            group_dots(mr, min(4, SUMS//ld_of(mr)), nv, kind, v_anchor(Q), data, at + j + 3*nk, ahead, D, acc + 3*ld*nk)
         for u in range(SUMS//VL):
             x = v_sums(acc + u*VL)
             if kind == FASTATTN_I8:
-                x = v_mul(x, v_repeat(keys.scale + begin + j, u*VL, mr))
-            v_store(P + j*mr + u*VL, x)
+                x = v_mul(x, v_repeat(keys.scale + begin + j, u*VL, ld))
+            v_store(P + j*ld + u*VL, x)
             most[u] = v_max(x, most[u])
-        j += SUMS//mr
+        j += SUMS//ld
     for u in range(SUMS//VL):
         v_store(top + u*VL, most[u])
 
 
 cdef inline void rows_dots(const int mr, const int kind, const Task* t, const Source* keys, Py_ssize_t lane, Py_ssize_t begin,
                            Py_ssize_t n, Py_ssize_t ahead, real* P, real* top) noexcept nogil:
-    # P[j, i] = Q[lane + i] · K[begin + j] for mr rows and n keys, or as many more as make SUMS of them; the largest of row i
-    # is that of top[i], top[i + mr], ..
+    # P[j, i] = Q[lane + i] · K[begin + j] for mr rows and n keys, or as many more as make SUMS of them, and
+    # top[i], top[i + mr], .. become at least the largest of row i.
     if t.p.D == 64:
         deep_dots(mr, 64//VL, kind, t, keys, lane, begin, n, ahead, P, top)
     elif t.p.D == 128:
@@ -163,6 +171,10 @@ cdef inline void tiles_rows(const int mr, const int each, const int nv, const in
                             Py_ssize_t ldo, Py_ssize_t ahead) noexcept nogil:
     # mr rows, `each` of them at a time
     cdef int i = each
+    if mr == 6 and each == 4:
+        tile_rows(4, nv, True, kind, P, ldp, values, d, n, begin, end, O + d, ldo, ahead)
+        tile_rows(2, nv, False, kind, P + 4, ldp, values, d, n, begin, end, O + 4*ldo + d, ldo, 0)
+        return
     tile_rows(each, nv, True, kind, P, ldp, values, d, n, begin, end, O + d, ldo, ahead)
     while i < mr:
         tile_rows(each, nv, False, kind, P + i, ldp, values, d, n, begin, end, O + i*ldo + d, ldo, 0)
@@ -258,6 +270,8 @@ cdef inline void any_dots(const int kind, int mr, const Task* t, const Source* k
                           Py_ssize_t n, Py_ssize_t ahead, real* P, real* top) noexcept nogil:
     if mr == SUMS//2:
         rows_dots(SUMS//2, kind, t, keys, lane, begin, n, ahead, P, top)
+    elif SUMS == 16 and mr == 6:
+        rows_dots(6, kind, t, keys, lane, begin, n, ahead, P, top)
     elif SUMS == 16 and mr == 4:
         rows_dots(4, kind, t, keys, lane, begin, n, ahead, P, top)
     elif mr == 2:
@@ -304,6 +318,8 @@ cdef inline void any_values(const int kind, int mr, const Task* t, const Source*
                             Py_ssize_t ldp, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t ahead) noexcept nogil:
     if mr == SUMS//2:
         rows_values(SUMS//2, kind, t, values, lane, P, ldp, begin, end, ahead)
+    elif SUMS == 16 and mr == 6:
+        rows_values(6, kind, t, values, lane, P, ldp, begin, end, ahead)
     elif SUMS == 16 and mr == 4:
         rows_values(4, kind, t, values, lane, P, ldp, begin, end, ahead)
     elif mr == 2:
@@ -347,7 +363,7 @@ cdef void tile_values(int mr, const Task* t, const Source* values, Py_ssize_t la
 
 cdef inline void any_weights(const bint scaled, int mr, Task* t, const Source* values, Py_ssize_t lane, Py_ssize_t n,
                              real* P, const real* top) noexcept nogil:
-    if mr == SUMS//2:
+    if ld_of(mr) == SUMS//2:
         weigh_tile(SUMS//2, scaled, t, values, lane, n, P, top)
     elif SUMS == 16 and mr == 4:
         weigh_tile(4, scaled, t, values, lane, n, P, top)
@@ -366,11 +382,12 @@ cdef void tile_weights(int mr, Task* t, const Source* values, Py_ssize_t lane, P
 
 
 cdef inline int rows_of_tile(Py_ssize_t rows) noexcept nogil:
-    if rows > SUMS//4:
-        return SUMS//2
-    if SUMS == 16 and rows > 2:
-        return 4
-    return 2 if rows >= 2 else 1
+    # where `rows` are left; lanes behind the last row are computed too
+    if rows <= 2:
+        return <int>rows
+    if SUMS == 16 and rows <= 6:
+        return 4 if rows <= 4 else 6
+    return SUMS//2
 
 
 cdef void few_scores(Task* t, int first, int vectors, const Operands* of, Py_ssize_t begin, Py_ssize_t n) noexcept nogil:
@@ -378,16 +395,18 @@ cdef void few_scores(Task* t, int first, int vectors, const Operands* of, Py_ssi
     cdef Py_ssize_t lane = first*VL
     cdef Py_ssize_t end = min(lane + <Py_ssize_t>vectors*VL, t.n_queries)
     cdef Py_ssize_t i, j
-    cdef real top[SUMS]
-    cdef int mr
+    cdef real top[SUMS]         # of no use here
+    cdef int mr, ld
+    memset(top, 0, sizeof(top))
     while lane < end:
         mr = rows_of_tile(end - lane)
+        ld = ld_of(mr)
         tile_dots(mr, t, &of.keys, lane, begin, n, t.sums, top)
-        v_store(t.sums + (n*mr + SUMS - 1)//SUMS*SUMS, v_zero())    # what the lanes behind the last sums get
+        v_store(t.sums + (n*ld + SUMS - 1)//SUMS*SUMS, v_zero())    # what the lanes behind the last sums get
         for j in range(n):
             i = 0
             while i < mr:
-                v_store_part(t.S + (begin + j)*LANES + lane + i, v_load(t.sums + j*mr + i), LANES - lane - i)
+                v_store_part(t.S + (begin + j)*LANES + lane + i, v_load(t.sums + j*ld + i), LANES - lane - i)
                 i += VL
         lane += mr
 
@@ -411,21 +430,41 @@ cdef void few_values(Task* t, int first, int vectors, const Operands* of, Py_ssi
 
 
 cdef void few_whole(Task* t, int first, int vectors, const Operands* of, Py_ssize_t n) noexcept nogil:
-    # Ob += P V, the sums of weights and what becomes of the reference, for the n keys of a block, which all rows see
-    cdef Py_ssize_t lane = first*VL
-    cdef Py_ssize_t end = min(lane + <Py_ssize_t>vectors*VL, t.n_queries)
-    cdef Py_ssize_t i
-    cdef real top[SUMS]
+    # Ob += P V, the sums of weights and what becomes of the reference, for the n keys of a block, which all rows see. Several
+    # tiles go through the block together, STEP keys at a time: these stay in the first-level cache. P lies where S would.
+    cdef Py_ssize_t begin = first*VL
+    cdef Py_ssize_t end = min(begin + <Py_ssize_t>vectors*VL, t.n_queries)
+    cdef Py_ssize_t step = n if end - begin <= SUMS//2 else STEP
+    cdef Py_ssize_t lane, i
+    cdef Py_ssize_t j = 0
+    cdef real top[2*LANES]                          # SUMS for each SUMS / 2 lanes
+    cdef real* P = t.S
     cdef int mr
-    for i in range(lane, lane + vectors*VL):        # lanes without a row
+    for i in range(begin, begin + vectors*VL):      # also lanes without a row
         t.c[i] = 1
+    for i in range(2*LANES):
+        top[i] = -INFINITY
+    while j < n:
+        lane = begin
+        while lane < end:
+            mr = rows_of_tile(end - lane)
+            tile_dots(mr, t, &of.keys, lane, j, min(step, n - j), P + lane*BLOCK + j*ld_of(mr), top + 2*lane)
+            lane += mr
+        j += step
+    lane = begin
     while lane < end:
         mr = rows_of_tile(end - lane)
-        tile_dots(mr, t, &of.keys, lane, 0, n, t.sums, top)
-        tile_weights(mr, t, &of.values, lane, n, t.sums, top)
-        tile_values(mr, t, &of.values, lane, t.sums, mr, 0, n)
+        tile_weights(mr, t, &of.values, lane, n, P + lane*BLOCK, top + 2*lane)
         lane += mr
-    add_sums(vectors, t.total + first*VL, t.c + first*VL, t.l + first*VL)
+    j = 0
+    while j < n:
+        lane = begin
+        while lane < end:
+            mr = rows_of_tile(end - lane)
+            tile_values(mr, t, &of.values, lane, P + lane*BLOCK + j*ld_of(mr), ld_of(mr), j, min(n, j + step))
+            lane += mr
+        j += step
+    add_sums(vectors, t.total + begin, t.c + begin, t.l + begin)
 
 
 cdef void clear_block(Task* t, int first, int vectors) noexcept nogil:
