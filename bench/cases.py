@@ -180,9 +180,9 @@ LONG_WINDOW_BYTES = 50e6
 WEIGHTS = Row(1, 8, 4096, 64)
 WEIGHTS_OVER_FORWARD = 1.5
 
-# One query over a cache of at least 64 MB: time of plain loads over the same bytes / time of the call, by (bytes of an
-# element, query heads a key head).
-DECODE_BYTES = 64 << 20
+# One query over a cache of at least 64 MB: time of plain loads over the same bytes / time of the call, by query heads a
+# key head. 512 MB: of 64 MB, half can lie in a last level of 32 MB, and neither side would measure the memory.
+DECODE_BYTES = 512 << 20
 DECODE_HEADS = 8  # key heads
 DECODE_KINDS = ("float32", "bfloat16", "float16", "int8")
 DECODE_GROUPS = (1, 4, 8)
@@ -193,9 +193,14 @@ DECODE_RATIO_INT8 = {1: 0.80, 4: 0.70, 8: 0.45}
 SMALL_DECODE = (1, 8, 512, 64), (8, 12, 128, 64)  # (B, H, S, D), L = 1
 SMALL_OVER_BEST = 1.5
 
+# A latent cache: the value is a view of the key's first columns (MLA of DeepSeek-V2: 512 of 576).
+LATENT_D, LATENT_DV = 576, 512
+LATENT_OVER_COPY = 0.75  # of the time where the value is an array of its own; 576 of 1088 bytes are 0.53
+
 PAGE_SIZES = (16, 64)
 PAGED_OVER_CONTIGUOUS = 1.05
 
+HALF_GRID = [replace(row, dtype="bfloat16") for row in GRID]
 PAIRS_SHARE = {128: 0.87, 64: 0.81}  # of the bfloat16 peak at (1, 8, 2048, D)
 HALF_OVER_BEST_PEER = 1.3
 WIDENED_OVER_FLOAT32 = 0.92

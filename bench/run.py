@@ -392,6 +392,40 @@ def paged(run):
                               stats["paged"].median / stats["one array"].median, " ×")
 
 
+def latent(run):
+    """One query over a latent cache, the value a view of the key: memory is read once."""
+    rng = np.random.default_rng(9)
+    S = cases.DECODE_BYTES // 2 // (4 * cases.LATENT_D)
+    key = repeated((1, 1, S, cases.LATENT_D), np.float32, rng)
+    query = rng.standard_normal((1, 1, 1, cases.LATENT_D), dtype=np.float32)
+    view = key[..., : cases.LATENT_DV]
+    calls = {"view": partial(fa.attention, query, key, view), "copy": partial(fa.attention, query, key, view.copy())}
+    what = f"a latent cache, S = {S}, D = {cases.LATENT_D}, the value a view of {cases.LATENT_DV} columns"
+    if not (calls["view"]() == calls["copy"]()).all():
+        yield wrong(what, 1)
+        return
+    stats = bench.interleave(calls, run.budget)
+    ratio = stats["view"].median / stats["copy"].median
+    yield at_most(f"{what}, over a copy", cases.LATENT_OVER_COPY, ratio, " × the time")
+
+
+def half_grid(run):
+    """bfloat16 against the best peer."""
+    if stored("bfloat16") is None:
+        yield not_measured("the grid in bfloat16", f"{cases.HALF_OVER_BEST_PEER} × the best peer", "no ml_dtypes")
+        return
+    for row in bench.progress(cases.HALF_GRID):
+        records = run.measure(row)
+        yield from run.wrong(records)
+        mine = records["fastattn"]
+        peers = [r for name, r in records.items() if name != "fastattn" and r["ok"]]
+        if mine["ok"] and peers:
+            best = max(peers, key=lambda r: r["gflops"])
+            share = f", {mine['share']:.0%} of the peak" if mine["share"] else ""
+            yield at_least(f"{row} against the best peer", cases.HALF_OVER_BEST_PEER, mine["gflops"] / best["gflops"],
+                           f" × {best['contender']}", f" ({mine['gflops']:.4g} GFLOP/s{share})")
+
+
 def half(run):
     """bfloat16 and float16: share of the peak of their products, the float32 speed, the peers."""
     for D in (128, 64):
@@ -591,8 +625,8 @@ def short(run):
     yield at_least("small problems with right results", len(cases.SHORT_GRID), right)
 
 
-CHECKS = [grid, long, options, window_peers, packed, compiling, weights, float64, decode, small_decode, paged, half,
-          cliff, append, tiny, forced, threads, after_matmul, scratch, imports, wheel]
+CHECKS = [grid, long, options, window_peers, packed, compiling, weights, float64, decode, small_decode, paged, latent,
+          half_grid, half, cliff, append, tiny, forced, threads, after_matmul, scratch, imports, wheel]
 SHORT_CHECKS = [short, options, decode, scratch, imports]
 
 

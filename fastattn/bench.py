@@ -40,7 +40,10 @@ MIN_ROUNDS = 3
 CHECKED_ROWS = 64  # query rows of every head that are compared with float64
 
 # largest |out - exact| / max|value| that passes; a wrong mask or scale is off by 1e-2 and more
-TOLERANCE = {"fastattn": {"float32": 2e-6, "float64": 1e-14}, "peer": {"float32": 1e-4, "float64": 1e-12}}
+TOLERANCE = {
+    "fastattn": {"float32": 2e-6, "float64": 1e-14, "bfloat16": 4e-3},
+    "peer": {"float32": 1e-4, "float64": 1e-12, "bfloat16": 2e-2},
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,12 @@ class Row:
 
     def inputs(self):
         rng = np.random.default_rng(0)
-        return [rng.standard_normal((self.B, self.H, self.L, self.D), dtype=self.dtype) for _ in range(3)]
+        shape = self.B, self.H, self.L, self.D
+        if self.dtype == "bfloat16":
+            import ml_dtypes
+
+            return [rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16) for _ in range(3)]
+        return [rng.standard_normal(shape, dtype=self.dtype) for _ in range(3)]
 
 
 # Contenders. A builder takes (row, query, key, value, threads) and returns the call to time, which takes no argument,
@@ -98,15 +106,27 @@ def _numpy(row, query, key, value, threads):
     return call, np.asarray
 
 
+def _tensors(*arrays):
+    import torch
+
+    return [torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16) if x.dtype == "bfloat16" else torch.from_numpy(x)
+            for x in arrays]
+
+
+def _array(tensor):
+    import torch
+
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
 def _torch(row, query, key, value, threads):
     """The fused kernel."""
     import torch
 
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    tensors = [torch.from_numpy(x) for x in (query, key, value)]
-    call = partial(torch.nn.functional.scaled_dot_product_attention, *tensors, is_causal=row.causal)
-    return call, lambda out: out.numpy()
+    tensors = _tensors(query, key, value)
+    return partial(torch.nn.functional.scaled_dot_product_attention, *tensors, is_causal=row.causal), _array
 
 
 def _torch_written_out(row, query, key, value, threads):
@@ -115,7 +135,7 @@ def _torch_written_out(row, query, key, value, threads):
 
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    q, k, v = (torch.from_numpy(x).flatten(0, 1) for x in (query, key, value))
+    q, k, v = (x.flatten(0, 1) for x in _tensors(query, key, value))
     k_t = k.mT
     if row.causal:
         bias, beta = torch.full((row.L, row.L), -torch.inf, dtype=q.dtype).triu(1), 1
@@ -126,7 +146,7 @@ def _torch_written_out(row, query, key, value, threads):
         scores = torch.baddbmm(bias, q, k_t, beta=beta, alpha=row.D**-0.5)
         return torch.bmm(torch.softmax(scores, -1), v)
 
-    return call, lambda out: out.numpy().reshape(query.shape)
+    return call, lambda out: _array(out).reshape(query.shape)
 
 
 def _onnxruntime(row, query, key, value, threads):
@@ -160,17 +180,20 @@ def _openvino(row, query, key, value, threads):
     import openvino as ov
     from openvino import opset13
 
-    parameters = [opset13.parameter(x.shape, np.float32) for x in (query, key, value)]
+    half = row.dtype == "bfloat16"
+    element = ov.Type.bf16 if half else ov.Type.f32
+    parameters = [opset13.parameter(x.shape, element) for x in (query, key, value)]
     attention = opset13.scaled_dot_product_attention(*parameters, causal=row.causal)
     config = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
     }
     request = ov.Core().compile_model(ov.Model([attention], parameters), "CPU", config).create_infer_request()
     for i, x in enumerate((query, key, value)):
-        request.set_input_tensor(i, ov.Tensor(x, shared_memory=True))
-    return partial(request.infer, share_outputs=True), lambda out: np.array(out[0])
+        tensor = ov.Tensor(x.view(np.uint16), x.shape, element) if half else ov.Tensor(x, shared_memory=True)
+        request.set_input_tensor(i, tensor)
+    return partial(request.infer, share_outputs=True), lambda out: np.array(out[0]).view(query.dtype)
 
 
 def _jax(row, query, key, value, threads):
@@ -190,12 +213,12 @@ class Contender:
 
 
 CONTENDERS = {
-    "fastattn": Contender(("fastattn",), _fastattn, ("float32", "float64")),
+    "fastattn": Contender(("fastattn",), _fastattn, ("float32", "float64", "bfloat16")),
     "numpy": Contender(("numpy",), _numpy, ("float32", "float64")),
-    "torch": Contender(("torch",), _torch, ("float32", "float64")),
-    "torch-written-out": Contender(("torch",), _torch_written_out, ("float32", "float64")),
+    "torch": Contender(("torch",), _torch, ("float32", "float64", "bfloat16")),
+    "torch-written-out": Contender(("torch",), _torch_written_out, ("float32", "float64", "bfloat16")),
     "onnxruntime": Contender(("onnxruntime", "onnx"), _onnxruntime),
-    "openvino": Contender(("openvino",), _openvino),
+    "openvino": Contender(("openvino",), _openvino, ("float32", "bfloat16")),
     "jax": Contender(("jax",), _jax),
 }
 
@@ -274,7 +297,7 @@ def errors(out, expected, rows, value):
     """(RMS error over ``rows``, largest error over max|value|); both inf where shape or non-finite values are wrong."""
     if out.shape[:-2] != expected.shape[:-2] or not np.isfinite(out).all():
         return np.inf, np.inf
-    difference = out[..., rows, :] - expected
+    difference = out[..., rows, :].astype(np.float64) - expected
     return float(np.sqrt(np.mean(difference**2))), float(np.abs(difference).max() / np.abs(value).max())
 
 

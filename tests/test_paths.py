@@ -220,6 +220,37 @@ def test_sizes_of_heads(heads_last, sizes, path, kind, seed):
             assert_same(result, out[:, head, rows], lse[:, head, rows], {**context, "row": i, "head": h})
 
 
+@each_kind
+@pytest.mark.parametrize("S", [96, 97, 207, 208, 300])  # the last block ends with, and in, a step of the loops
+@pytest.mark.parametrize("D", [64, 128, 40])
+def test_tiles_of_rows(D, S, kind, seed):
+    """Tiles of rows of every size, behind each other and alone: within the bound, with the bits of one row."""
+    q, k, v = arrays_of(np.random.default_rng([seed, D, S]), kind, B=1, H=1, Hkv=1, L=21, S=S, D=D, Dv=D)
+    alone = [fa.attention(q[:, :, i:i + 1], k, v, return_lse=True) for i in range(21)]
+    out, lse = (np.concatenate([result[part] for result in alone], axis=2) for part in (0, 1))
+    context = {"kind": kind, "S": S, "D": D, "seed": seed}
+    true, allowed = exact(q, k, v), bound(q, k, v)
+    assert_close(out, true[0], allowed.out, context)
+    assert_close(lse, true[1], allowed.lse, {**context, "result": "lse"})
+    for L in range(2, 22):
+        result = fa.attention(q[:, :, :L], k, v, return_lse=True)
+        assert_same(result, out[:, :, :L], lse[:, :, :L], {**context, "L": L})
+
+
+@each_path
+@pytest.mark.parametrize("H", [1, 5, 16, 128])
+def test_latent_cache(H, path, kind, seed):
+    """The value is a view of the key's first columns, one key head for all query heads: the bits of a copy."""
+    rng = np.random.default_rng([seed, H])
+    q, k, _ = arrays_of(rng, kind, H=H, Hkv=1, L=2, S=210, D=72, Dv=1)
+    more = ONE_PATH if path == "many" else {}
+    out, lse = fa.attention(q, k, k[..., :64].copy(), return_lse=True, **more)
+    context = {"path": path, "kind": kind, "H": H, "seed": seed}
+    assert_same(fa.attention(q, k, k[..., :64], return_lse=True, **more), out, lse, context)
+    true, allowed = exact(q, k, k[..., :64]), bound(q, k, k[..., :64], **more)
+    assert_close(out, true[0], allowed.out, context)
+
+
 @each_path
 @some_options
 def test_neighbour_rows(case):

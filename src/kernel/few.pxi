@@ -485,10 +485,10 @@ cdef void add_block(Task* t, int first, int vectors) noexcept nogil:
             d += VL
 
 
-cdef inline void repeat_last(int64_t* at, Py_ssize_t n) noexcept nogil:
+cdef inline void repeat_last(int64_t* at, Py_ssize_t n, Py_ssize_t end) noexcept nogil:
     # rows past the last one, which tiles may read
     cdef Py_ssize_t j
-    for j in range(n, ROOM):
+    for j in range(n, end):
         at[j] = at[n - 1]
 
 
@@ -497,22 +497,25 @@ cdef void find_source(Task* t, const fastattn_array* a, const char* data, Py_ssi
     # Blocks of one array have the same table, but for the last, whose rows end: it stays. Behind it the distance of its rows
     # says whose it is.
     cdef Py_ssize_t size = v_size(a.kind)
-    cdef bint even = t.pages == NULL and t.end - block >= ROOM - AHEAD
+    cdef Py_ssize_t left = min(t.end - block, <int64_t>ROOM)
+    cdef bint whole_table = left >= ROOM - AHEAD
     cdef Py_ssize_t j, rows
     source.data = data
     source.kind = a.kind
     source.at = at
     source.ahead = max(<Py_ssize_t>4, min(<Py_ssize_t>AHEAD, AHEAD_BYTES//max(<Py_ssize_t>1, D*size)))
-    if even:
+    if t.pages != NULL:
+        rows = min(left, n + source.ahead)
+        find_rows(t, a, block, rows, size, at)
+        repeat_last(at, rows, ROOM)
+    else:
         source.data += block*a.row*size
         if at[ROOM] != a.row:
-            for j in range(ROOM):
+            for j in range(ROOM - AHEAD + source.ahead):
                 at[j] = j*a.row*size
-    else:
-        rows = min(t.end - block, <int64_t>(n + source.ahead))
-        find_rows(t, a, block, rows, size, at)
-        repeat_last(at, rows)
-    at[ROOM] = a.row if even else INT64_MAX
+        if not whole_table:         # those asked for may be another head's
+            repeat_last(at, left, min(left + 16, <Py_ssize_t>ROOM))
+    at[ROOM] = a.row if t.pages == NULL and whole_table else INT64_MAX
 
 
 cdef void source_scales(Task* t, const fastattn_array* a, const float* scales, int64_t block, Py_ssize_t n,
@@ -541,7 +544,7 @@ cdef void packed_source(const real* data, Py_ssize_t row, Py_ssize_t n, int64_t*
     source.ahead = 0
     for j in range(n):
         at[j] = j*row*sizeof(real)
-    repeat_last(at, n)
+    repeat_last(at, n, ROOM)
     at[ROOM] = INT64_MAX
 
 

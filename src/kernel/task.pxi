@@ -58,7 +58,7 @@ cdef struct Task:
     # few rows
     real* Ob                        # [LANES][Dv'] what a block adds to O
     real* sums                      # [SCORES] P of a tile of rows
-    int64_t* k_at                   # [ROOM + 1] bytes to the rows of a block and to those behind; their distance, where it is one
+    int64_t* k_at                   # [ROOM + 1] bytes to the rows of a block and to those behind; their distance
     int64_t* v_at
 
 
@@ -123,10 +123,9 @@ cdef void intervals(Task* t, int64_t n_keys) noexcept nogil:
     t.k_end = 0
     t.full_begin = 0
     t.full_end = n_keys
-    for i in range(t.vectors*VL):
+    for i in range(t.n_queries):
         at = t.q_begin + row
-        if i + 1 < t.n_queries:
-            row = row + 1 if row + 1 < t.each else 0
+        row = row + 1 if row + 1 < t.each else 0
         if p.rows != NULL:
             at = p.rows[at]
         past = p.rows != NULL and p.query_lengths != NULL and at >= p.query_lengths[t.b]
@@ -143,6 +142,9 @@ cdef void intervals(Task* t, int64_t n_keys) noexcept nogil:
         if lo < hi:
             t.k_begin = min(t.k_begin, lo)
             t.k_end = max(t.k_end, hi)
+    for i in range(t.n_queries, t.vectors*VL):
+        t.lo[i] = lo
+        t.hi[i] = hi
 
 
 cdef void hide_masked(Task* t, int64_t block, Py_ssize_t n) noexcept nogil:
