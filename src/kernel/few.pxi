@@ -5,7 +5,7 @@
 #     Q [rows][D']   P[j, i] = sum over lanes of  sum_d Q[i, d..] K[j, d..]        SUMS such vectors are summed together
 #     O [rows][Dv']  O[i, d..] = O[i, d..] c[i] + sum_j P[j, i] V[j, d..]          the same chain over j as in product_t
 #
-# Rows go in tiles of SUMS / 2, the last of them in one of 6, 4, 2 or 1 where that holds them. All keys of a block, then all its
+# Rows go in tiles of SUMS / 2, the last of them in one of 6, 5, 4, 2 or 1 where that holds them. All keys of a block, then all its
 # values: two long runs through memory, which a processor foresees; finer turns cost a quarter of the bandwidth.
 #
 # Blocks that all rows see, without bias and softcap, stay as they are summed: P[keys][rows of the tile], no lane wasted.
@@ -48,13 +48,13 @@ cdef inline Py_ssize_t vectors_of_line(const int kind) noexcept nogil:
 
 cdef inline int ld_of(const int mr) noexcept nogil:
     # how far the scores of two keys lie apart
-    return 8 if mr == 6 else mr
+    return 8 if mr > 4 else mr
 
 
 cdef inline void group_dots(const int mr, const int nk, const int nv, const int kind, const real* Q, const char* data,
                             const int64_t* at, Py_ssize_t ahead, Py_ssize_t D, vf* acc) noexcept nogil:
     # The lanes of Q[i] · K[j] for mr rows and nk keys, of which the sum is left to do. D is nv vectors, or any where nv = 0.
-    # Six rows have the place of eight.
+    # Five and six rows have the place of eight.
     cdef vf part[16]
     cdef vf x
     cdef const char* row[4]
@@ -171,9 +171,12 @@ cdef inline void tiles_rows(const int mr, const int each, const int nv, const in
                             Py_ssize_t ldo, Py_ssize_t ahead) noexcept nogil:
     # mr rows, `each` of them at a time
     cdef int i = each
-    if mr == 6 and each == 4:
-        tile_rows(4, nv, True, kind, P, ldp, values, d, n, begin, end, O + d, ldo, ahead)
-        tile_rows(2, nv, False, kind, P + 4, ldp, values, d, n, begin, end, O + 4*ldo + d, ldo, 0)
+    if 4 < mr < 8 and each > 1:
+        tile_rows(each, nv, True, kind, P, ldp, values, d, n, begin, end, O + d, ldo, ahead)
+        if each == 2:
+            tile_rows(2, nv, False, kind, P + 2, ldp, values, d, n, begin, end, O + 2*ldo + d, ldo, 0)
+        if each <= 4:
+            tile_rows(mr - 4, nv, False, kind, P + 4, ldp, values, d, n, begin, end, O + 4*ldo + d, ldo, 0)
         return
     tile_rows(each, nv, True, kind, P, ldp, values, d, n, begin, end, O + d, ldo, ahead)
     while i < mr:
@@ -272,6 +275,8 @@ cdef inline void any_dots(const int kind, int mr, const Task* t, const Source* k
         rows_dots(SUMS//2, kind, t, keys, lane, begin, n, ahead, P, top)
     elif SUMS == 16 and mr == 6:
         rows_dots(6, kind, t, keys, lane, begin, n, ahead, P, top)
+    elif SUMS == 16 and mr == 5:
+        rows_dots(5, kind, t, keys, lane, begin, n, ahead, P, top)
     elif SUMS == 16 and mr == 4:
         rows_dots(4, kind, t, keys, lane, begin, n, ahead, P, top)
     elif mr == 2:
@@ -320,6 +325,8 @@ cdef inline void any_values(const int kind, int mr, const Task* t, const Source*
         rows_values(SUMS//2, kind, t, values, lane, P, ldp, begin, end, ahead)
     elif SUMS == 16 and mr == 6:
         rows_values(6, kind, t, values, lane, P, ldp, begin, end, ahead)
+    elif SUMS == 16 and mr == 5:
+        rows_values(5, kind, t, values, lane, P, ldp, begin, end, ahead)
     elif SUMS == 16 and mr == 4:
         rows_values(4, kind, t, values, lane, P, ldp, begin, end, ahead)
     elif mr == 2:
@@ -386,7 +393,7 @@ cdef inline int rows_of_tile(Py_ssize_t rows) noexcept nogil:
     if rows <= 2:
         return <int>rows
     if SUMS == 16 and rows <= 6:
-        return 4 if rows <= 4 else 6
+        return 4 if rows <= 4 else <int>rows
     return SUMS//2
 
 
