@@ -5,8 +5,8 @@
 #     Q [rows][D']   P[j, i] = sum over lanes of  sum_d Q[i, d..] K[j, d..]        SUMS such vectors are summed together
 #     O [rows][Dv']  O[i, d..] = O[i, d..] c[i] + sum_j P[j, i] V[j, d..]          the same chain over j as in product_t
 #
-# Rows go in tiles of SUMS / 2, the last of them in one of 6, 5, 4, 2 or 1 where that holds them. All keys of a block, then all its
-# values: two long runs through memory, which a processor foresees; finer turns cost a quarter of the bandwidth.
+# Rows go in tiles of SUMS / 2, the last of them in one of 6, 5, 4, 2 or 1 where that holds them. All keys of a block, then
+# all its values: two long runs through memory, which a processor foresees; finer turns cost a quarter of the bandwidth.
 #
 # Blocks that all rows see, without bias and softcap, stay as they are summed: P[keys][rows of the tile], no lane wasted.
 # Others are spread over the lanes of S, keys by lanes of rows, so that everything between the products is that of the other
