@@ -1,6 +1,7 @@
 """Inputs, the a-priori error bound, THE table of tolerances, and the comparator that every test goes through."""
 
 import copy
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,11 @@ FEW, FEW_FLOAT64 = 40, 32  # the largest number of rows that go the way of few
 # Products of bfloat16 pairs, for many rows: weights are rounded to bfloat16; a denormal operand or sum counts as 0.
 PAIRS_ISA = "avx512_bf16"
 PAIRS_ROUNDOFF, PAIRS_TINY = 2.0**-8, 2.0**-126
+
+
+def generator(seed, *case):
+    """A generator of its own for every case."""
+    return np.random.default_rng([seed, zlib.crc32(repr(case).encode())])
 
 
 def inputs(rng, lead, H, Hkv, L, S, D, Dv, dtype=np.float32):

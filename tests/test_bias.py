@@ -3,11 +3,10 @@
 import math
 import re
 import tracemalloc
-import zlib
 
 import numpy as np
 import pytest
-from cases import assert_close, bound, exact, inputs
+from cases import assert_close, bound, exact, generator, inputs
 from layouts import assert_same_bits
 
 import fastattn as fa
@@ -16,11 +15,6 @@ F32, F64 = np.float32, np.float64
 NAN, INF = np.nan, np.inf
 
 both_dtypes = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
-
-
-def generator(seed, *case):
-    """A generator of its own for every case."""
-    return np.random.default_rng([seed, zlib.crc32(repr(case).encode())])
 
 
 # --- the forms: an object, and its number for head h, a query at position p and key j, one at a time ---

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import test_varlen
-from cases import DIGITS, FEW, PAIRS_ISA, assert_close, bound, exact, inputs, ulp
+from cases import DIGITS, FEW, PAIRS_ISA, assert_close, bound, exact, generator, inputs, ulp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS, assert_same_bits
@@ -17,9 +17,7 @@ from test_attention import (
     build,
     check,
     choices,
-    generator,
     options_alone,
-    poisoned_results,  # noqa: F401
     restrictions,
     told,
 )

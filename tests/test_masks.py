@@ -12,19 +12,18 @@ import re
 import subprocess
 import sys
 import threading
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import assert_close, bound, exact, inputs
+from cases import assert_close, bound, exact, generator, inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import assert_same_bits
 
 import fastattn as fa
-from fastattn import checks, masks
+from fastattn import masks
 
 NAN, INF = np.nan, np.inf
 F32, F64 = np.float32, np.float64
@@ -36,24 +35,6 @@ SIZES = [(n, n) for n in SQUARE] + OBLONG + [(S, L) for L, S in OBLONG]
 EMPTY_SIZES = [(0, 0), (0, 5), (5, 0), (70, 0), (0, 200)]
 
 both_dtypes = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
-
-
-@pytest.fixture(autouse=True)
-def poisoned_results(monkeypatch):
-    """Results are NaN until something is written to them."""
-    empty = checks.aligned_empty
-
-    def poisoned(shape, dtype):
-        array = empty(shape, dtype)
-        array.fill(NAN)
-        return array
-
-    monkeypatch.setattr(checks, "aligned_empty", poisoned)
-
-
-def generator(seed, *case):
-    """A generator of its own for every case."""
-    return np.random.default_rng([seed, zlib.crc32(repr(case).encode())])
 
 
 # --- what a plan says, read as its documentation has it ---

@@ -1,37 +1,17 @@
 """merge_states against its definition and against attention over all keys, under a-priori bounds."""
 
-import zlib
 
 import numpy as np
 import pytest
-from cases import UNIT_ROUNDOFF, assert_close, bound, exact, inputs
+from cases import UNIT_ROUNDOFF, assert_close, bound, exact, generator, inputs
 from layouts import LAYOUTS, assert_same_bits
 
 import fastattn as fa
-from fastattn import checks
 
 F32, F64 = np.float32, np.float64
 NAN, INF = np.nan, np.inf
 
 both_dtypes = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
-
-
-@pytest.fixture(autouse=True)
-def poisoned_results(monkeypatch):
-    """Results are NaN until something is written to them."""
-    empty = checks.aligned_empty
-
-    def poisoned(shape, dtype):
-        array = empty(shape, dtype)
-        array.fill(NAN)
-        return array
-
-    monkeypatch.setattr(checks, "aligned_empty", poisoned)
-
-
-def generator(seed, *case):
-    """A generator of its own for every case."""
-    return np.random.default_rng([seed, zlib.crc32(repr(case).encode())])
 
 
 def definition(outs, lses):

@@ -13,7 +13,6 @@ import pytest
 import test_bits
 from cases import FEW, FEW_FLOAT64, SPLIT, assert_close, bound, exact, inputs
 from layouts import BROADCASTS, LAYOUTS, assert_same_bits
-from test_attention import poisoned_results  # noqa: F401
 from test_bits import ONE_PATH, OPTIONS, assert_same, cut, longer, wider
 
 import fastattn as fa

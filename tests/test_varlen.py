@@ -4,11 +4,10 @@ A case is a list of (L, S), the queries and keys of each sequence.
 """
 
 import re
-import zlib
 
 import numpy as np
 import pytest
-from cases import assert_close, bound, exact
+from cases import assert_close, bound, exact, generator
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import LAYOUTS, assert_same_bits
@@ -25,24 +24,6 @@ H, Hkv, D, Dv = 4, 2, 12, 10
 MIXED = [(5, 7), (0, 3), (1, 1), (64, 97), (3, 0), (65, 65), (0, 0), (130, 33), (33, 200)]
 
 both_dtypes = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
-
-
-@pytest.fixture(autouse=True)
-def poisoned_results(monkeypatch):
-    """Results are NaN until something is written to them."""
-    empty = checks.aligned_empty
-
-    def poisoned(shape, dtype):
-        array = empty(shape, dtype)
-        array.fill(NAN)
-        return array
-
-    monkeypatch.setattr(checks, "aligned_empty", poisoned)
-
-
-def generator(seed, *case):
-    """A generator of its own for every case."""
-    return np.random.default_rng([seed, zlib.crc32(repr(case).encode())])
 
 
 def starts(lengths):

@@ -18,12 +18,11 @@ import os
 import re
 import subprocess
 import sys
-import zlib
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-from cases import EXACT_IN, EXP_ULP, KEY_BLOCK, UNIT_ROUNDOFF, assert_close, bound
+from cases import EXACT_IN, EXP_ULP, KEY_BLOCK, UNIT_ROUNDOFF, assert_close, bound, generator
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import BROADCASTS, LAYOUTS, assert_same_bits
@@ -42,11 +41,6 @@ REDUCTIONS = [None, "sum", "max", "entropy", ("top_k", 5)]
 FOR_EACH_ROW = [None, "entropy", ("top_k", 5)]
 
 both_dtypes = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
-
-
-def generator(seed, *case):
-    """A generator of its own for every case."""
-    return np.random.default_rng([seed, zlib.crc32(repr(case).encode())])
 
 
 def arrays_of(rng, dtype, lead=(B,), H=H, Hkv=Hkv, L=L, S=S, D=D):
