@@ -84,6 +84,15 @@ def share_line(what, limit, record):
     return at_least(what, 100 * limit, 100 * record["share"], " %", f" of {record['peak']:.0f} GFLOP/s")
 
 
+def against_peers(records):
+    """The records of fastattn and of the fastest peer; None where fastattn is wrong or no peer is right."""
+    mine = records.get("fastattn")
+    peers = [r for name, r in records.items() if name != "fastattn" and r["ok"]]
+    if mine is None or not mine["ok"] or not peers:
+        return None
+    return mine, max(peers, key=lambda r: r["gflops"])
+
+
 # The checks. Each yields lines.
 
 
@@ -92,11 +101,10 @@ def grid(run):
     for row in bench.progress(cases.GRID):
         records = run.measure(row)
         yield from run.wrong(records)
-        mine = records.get("fastattn")
-        peers = [r for name, r in records.items() if name != "fastattn" and r["ok"]]
-        if mine is None or not mine["ok"] or not peers:
+        pair = against_peers(records)
+        if pair is None:
             continue
-        best = max(peers, key=lambda r: r["gflops"])
+        mine, best = pair
         limit = cases.OVER_BEST_PEER * best["gflops"]
         must = f"{cases.OVER_BEST_PEER} × {best['contender']}"
         if mine["peak"] and cases.SHARE_INSTEAD * mine["peak"] < limit:
@@ -417,13 +425,13 @@ def half_grid(run):
     for row in bench.progress(cases.HALF_GRID):
         records = run.measure(row)
         yield from run.wrong(records)
-        mine = records["fastattn"]
-        peers = [r for name, r in records.items() if name != "fastattn" and r["ok"]]
-        if mine["ok"] and peers:
-            best = max(peers, key=lambda r: r["gflops"])
-            share = f", {mine['share']:.0%} of the peak" if mine["share"] else ""
-            yield at_least(f"{row} against the best peer", cases.HALF_OVER_BEST_PEER, mine["gflops"] / best["gflops"],
-                           f" × {best['contender']}", f" ({mine['gflops']:.4g} GFLOP/s{share})")
+        pair = against_peers(records)
+        if pair is None:
+            continue
+        mine, best = pair
+        share = f", {mine['share']:.0%} of the peak" if mine["share"] else ""
+        yield at_least(f"{row} against the best peer", cases.HALF_OVER_BEST_PEER, mine["gflops"] / best["gflops"],
+                       f" × {best['contender']}", f" ({mine['gflops']:.4g} GFLOP/s{share})")
 
 
 def half(run):

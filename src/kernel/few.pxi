@@ -18,7 +18,7 @@ cdef enum:
     SPLIT = 22*96           # keys of a task: fixed, so that no bit depends on the number of threads
     STEP = 32               # values that all rows go through before the next ones
     AHEAD = 96              # rows between the one that is read and the one asked for, at most
-    AHEAD_BYTES = 6144      # and bytes: more requests at a time than a core can hold (about a hundred lines) get lost
+    AHEAD_BYTES = 6144      # and bytes: half as far or twice as far is slower
     ROOM = 96 + AHEAD + 16  # rows of a block, those asked for, and as many as a tile may read past them
     SCORES = 96*8 + 32      # of a block and SUMS / 2 rows, a tile and a vector past them
 
@@ -125,7 +125,7 @@ cdef inline void deep_dots(const int mr, const int nv, const int kind, const Tas
 cdef inline void rows_dots(const int mr, const int kind, const Task* t, const Source* keys, Py_ssize_t lane, Py_ssize_t begin,
                            Py_ssize_t n, Py_ssize_t ahead, real* P, real* top) noexcept nogil:
     # P[j, i] = Q[lane + i] · K[begin + j] for mr rows and n keys, or as many more as make SUMS of them, and
-    # top[i], top[i + mr], .. become at least the largest of row i.
+    # top[i], top[i + ld_of(mr)], .. become at least the largest of row i.
     if t.p.D == 64:
         deep_dots(mr, 64//VL, kind, t, keys, lane, begin, n, ahead, P, top)
     elif t.p.D == 128:
@@ -171,17 +171,12 @@ cdef inline void tiles_rows(const int mr, const int each, const int nv, const in
                             Py_ssize_t ldo, Py_ssize_t ahead) noexcept nogil:
     # mr rows, `each` of them at a time
     cdef int i = each
-    if 4 < mr < 8 and each > 1:
-        tile_rows(each, nv, True, kind, P, ldp, values, d, n, begin, end, O + d, ldo, ahead)
-        if each == 2:
-            tile_rows(2, nv, False, kind, P + 2, ldp, values, d, n, begin, end, O + 2*ldo + d, ldo, 0)
-        if each <= 4:
-            tile_rows(mr - 4, nv, False, kind, P + 4, ldp, values, d, n, begin, end, O + 4*ldo + d, ldo, 0)
-        return
     tile_rows(each, nv, True, kind, P, ldp, values, d, n, begin, end, O + d, ldo, ahead)
-    while i < mr:
+    while i + each <= mr:
         tile_rows(each, nv, False, kind, P + i, ldp, values, d, n, begin, end, O + i*ldo + d, ldo, 0)
         i += each
+    if mr % each > 0:
+        tile_rows(mr % each, nv, False, kind, P + i, ldp, values, d, n, begin, end, O + i*ldo + d, ldo, 0)
 
 
 cdef inline void rows_values(const int mr, const int kind, const Task* t, const Source* values, Py_ssize_t lane, const real* P,
@@ -583,8 +578,7 @@ cdef void few_operands(Task* t, int64_t block, Py_ssize_t n, Operands* of) noexc
 
 cdef inline bint stays_packed(const Task* t, const Operands* of, bint masked) noexcept nogil:
     # Whether scores need no lanes of S: few_whole.
-    return (not masked and t.bias == NULL and t.p.softcap == 0 and of.keys.kind == of.values.kind
-            and not of.in_turn)
+    return not masked and t.bias == NULL and t.p.softcap == 0 and not of.in_turn
 
 
 cdef void few_queries(Task* t, const char* q, real sign) noexcept nogil:
