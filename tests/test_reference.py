@@ -226,7 +226,8 @@ def test_same_signature():
 
 
 @pytest.mark.parametrize("module", ["fastattn.attention", "fastattn.checks", "fastattn.reference"])
-def test_docstrings(module):
+def test_docstrings(module, monkeypatch):
+    monkeypatch.undo()  # doctest leaves out what another module defines, and poisoned_results does
     failed, attempted = doctest.testmod(sys.modules[module])
     assert attempted and not failed
 
