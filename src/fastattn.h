@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FASTATTN_ABI 3
+#define FASTATTN_ABI 4
 #define FASTATTN_LEAD 8
 #define FASTATTN_UNBOUNDED ((int64_t)1 << 61)
 
@@ -92,7 +92,7 @@ typedef struct {
     const int64_t *rows;            /* (L,) the row that each query is in positions and query_lengths; NULL: its index */
     fastattn_array result;          /* of the weights: see the enum; the last axis contiguous */
     fastattn_array indices;         /* (B, H, L, k) int64 */
-    int64_t blocks, splits, batch_tasks, groups, record;    /* set by `tasks`: how the problem is cut, see tasks.pxi */
+    int64_t blocks, splits, together, batch_tasks, groups, record;  /* set by `tasks`: how the problem is cut, see tasks.pxi */
     void *state;                    /* what `state` asks for; its first groups * 8 bytes 0 */
     volatile int *stop;             /* set to nonzero to abandon the call; may be NULL */
     void (*poll)(void *);           /* called now and then by the calling thread; may be NULL */

@@ -58,7 +58,7 @@ cdef extern from "fastattn.h" nogil:
         int64_t k, chunks
         const int64_t* rows
         fastattn_array result, indices
-        int64_t blocks, splits, batch_tasks, groups, record
+        int64_t blocks, splits, together, batch_tasks, groups, record
         void* state
         int* stop
         void (*poll)(void*) noexcept nogil

@@ -3,8 +3,8 @@
 
 Walk: dispatch.pyx calls `run` once a task  →  this file (one task)  →  block.pxi (one block of keys)  →  softmax.pxi and
 products.pxi (the loops)  →  simd.h (vectors). Beside them tasks.pxi (which rows a task has), task.pxi (who sees what),
-logits.pxi (options), pack.pxi (moves), few.pxi (the other path: few rows), weights.pxi (the weights themselves),
-store.pxi (new tokens of a cache).
+logits.pxi (options), pack.pxi (moves), few.pxi (the other path: few rows; few_tiles.pxi its loops), weights.pxi (the weights
+themselves), store.pxi (new tokens of a cache).
 
 One task is (batch, head, block of queries); queries live in vector lanes. Memory of a task, reused for every task of a thread:
 
@@ -48,6 +48,7 @@ include "pack.pxi"
 include "softmax.pxi"
 include "logits.pxi"
 include "task.pxi"
+include "few_tiles.pxi"
 include "few.pxi"
 include "block.pxi"
 include "tasks.pxi"
@@ -111,37 +112,56 @@ cdef void empty_rows(const fastattn_problem* p, const Place* place, Py_ssize_t b
                 (<real*>base_of(p, &p.lse, place.b, h, p.cu_q, False))[i*p.lse.row] = -INFINITY
 
 
-cdef bint walk(Task* t, bint caller) noexcept nogil:
-    # All blocks of keys; False if the call was abandoned.
-    cdef const fastattn_problem* p = t.p
-    cdef int64_t block = t.begin - t.begin % BLOCK
-    cdef int count = 0
-    cdef bint across = t.second and (p.reduce == FASTATTN_SUM or p.reduce == FASTATTN_MAX)
+cdef void start(Task* t) noexcept nogil:
+    # before the first block
     cdef Py_ssize_t i
     cdef int a
+    t.block = t.begin - t.begin % BLOCK
     t.tile = t.tile_begin
     if not t.second:
         t.settled = True
         t.cut = False
         t.some = 0
-        memset(t.Ot, 0, (t.n_queries*whole(p.Dv) if t.few else p.Dv*LANES)*sizeof(real))
+        memset(t.Ot, 0, (t.n_queries*whole(t.p.Dv) if t.few else t.p.Dv*LANES)*sizeof(real))
         for i in range(LANES):
             t.m[i] = -INFINITY
             t.l[i] = 0
     t.later.n = 0
-    expect_masks(t, block, min(t.end, block + BLOCK))
+    expect_masks(t, t.block, min(t.end, t.block + BLOCK))
     for a in range(t.later.n):
         for i in range(t.later.rows[a].left):
             v_fetch_later(t.later.rows[a].at + i*t.later.rows[a].row, t.later.rows[a].size)
-    while next_block(t, &block):
-        if across:
-            memset(t.across, 0, BLOCK*VL*sizeof(real))
-        key_block(t, block, min(t.end, block + BLOCK))
-        if across:
-            reduce_lanes(t, block, min(t.end, block + BLOCK) - block)
-        block += BLOCK
-        count += 1
-        if count % POLL_EVERY == 0 and p.stop != NULL:
+
+
+cdef bint step(Task* t) noexcept nogil:
+    # the next block; False if there is none
+    cdef bint across = t.second and (t.p.reduce == FASTATTN_SUM or t.p.reduce == FASTATTN_MAX)
+    if not next_block(t, &t.block):
+        return False
+    if across:
+        memset(t.across, 0, BLOCK*VL*sizeof(real))
+    key_block(t, t.block, min(t.end, t.block + BLOCK))
+    if across:
+        reduce_lanes(t, t.block, min(t.end, t.block + BLOCK) - t.block)
+    t.block += BLOCK
+    return True
+
+
+cdef bint walk(Task* each, int n, bint caller) noexcept nogil:
+    # All blocks of keys of n tasks, in turn; False if the call was abandoned.
+    cdef const fastattn_problem* p = each.p
+    cdef int count = 0
+    cdef int i
+    cdef bint more = True
+    for i in range(n):
+        start(&each[i])
+    while more:
+        more = False
+        for i in range(n):
+            more |= step(&each[i])
+        count += n
+        if count >= POLL_EVERY and p.stop != NULL:
+            count = 0
             if caller and p.poll != NULL:
                 p.poll(p.poll_data)
             if p.stop[0]:
@@ -155,43 +175,59 @@ cdef bint finite_output(const Task* t) noexcept nogil:
     return all_finite(t.Ot, LANES, t.p.Dv, t.vectors*VL)
 
 
-cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t caller, void* memory) noexcept nogil:
-    cdef Task t
-    cdef Place place
+cdef void finish(Task* t) noexcept nogil:
+    # what is left behind the last block
+    cdef const fastattn_problem* p = t.p
+    cdef const Place* place = &t.place
     cdef char* out
     cdef real* lse = NULL
-    if p.reduce != FASTATTN_OUTPUT:
-        run_weights(p, task, caller, memory)
-        return
-    if not locate(p, task, &place):
-        return
-    if not prepare(&t, p, &place, memory):
-        empty_rows(p, &place, place.q_begin, place.q_end)
-        return
-    t.cold = not t.few and n_tasks <= 4*p.B*p.H
-    expect_task(&t, n_tasks, task + 1)
-    if not walk(&t, caller):
-        return
-    if t.cut and not finite_output(&t):
-        # 0 · NaN or 0 · Inf of a value may have reached lanes that do not see its key
-        t.careful = True
-        if not walk(&t, caller):
-            return
     if t.few and place.splits > 1:
-        keep_state(&t, place.group, place.split)
+        keep_state(t, place.group, place.split)
         if fastattn_add(<int64_t*>p.state + place.group, 1) + 1 < place.splits:
             return
-        merge_states(&t, place.group, place.splits)
-    empty_rows(p, &place, t.q_begin + t.each, place.q_end)
+        merge_states(t, place.group, place.splits)
+    empty_rows(p, place, t.q_begin + t.each, place.q_end)
     out = base_of(p, &p.out, t.b, t.h, p.cu_q, False)
     if p.lse.data != NULL:
         lse = <real*>base_of(p, &p.lse, t.b, t.h, p.cu_q, False)
-    normalise(&t, lse)
+    normalise(t, lse)
     if t.few:
-        few_out(&t, out)
+        few_out(t, out)
     else:
         write_out(t.Ot, t.c, t.n_queries, t.vectors, p.Dv, out + t.q_begin*p.out.row*v_size(p.out.kind), p.out.row, p.out.col,
                   p.out.kind)
+
+
+cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t caller, void* memory) noexcept nogil:
+    cdef Task* each = <Task*>memory
+    cdef Place place
+    cdef int n = 0
+    cdef int i
+    if p.reduce != FASTATTN_OUTPUT:
+        run_weights(p, task, caller, memory)
+        return
+    for i in range(p.together):
+        if not locate(p, task, i, &place):
+            break
+        if not prepare(&each[n], p, &place, n, memory):
+            empty_rows(p, &place, place.q_begin, place.q_end)
+            continue
+        each[n].cold = not place.few and n_tasks <= 4*p.B*p.H
+        expect_task(&each[n], n_tasks, task + 1)
+        n += 1
+    if n > 1:
+        for i in range(n):
+            each[i].next = &each[(i + 1) % n]
+    if n == 0 or not walk(each, n, caller):
+        return
+    for i in range(n):
+        each[i].next = NULL
+        if each[i].cut and not finite_output(&each[i]):
+            # 0 · NaN or 0 · Inf of a value may have reached lanes that do not see its key
+            each[i].careful = True
+            if not walk(&each[i], 1, caller):
+                return
+        finish(&each[i])
 
 
 cdef void exp2_array(const void* x, void* y, int64_t n) noexcept nogil:

@@ -1,7 +1,16 @@
 # The state of one task, and which keys each of its lanes sees.
 
+cdef struct Place:                  # which rows of which heads, and of few rows which keys
+    int64_t b, h, q_begin, q_end
+    int64_t heads                   # from h on, all of one key head
+    bint few
+    int64_t group, split, splits    # of few rows
+
+
 cdef struct Task:
     const fastattn_problem* p
+    Place place
+    const Task* next                # whose turn is next, of several tasks that take blocks in turn; else NULL
     # Lane i is row q_begin + i % each of head h + i // each. All heads of a task read the same keys and values.
     int64_t b, h
     Py_ssize_t q_begin, each, heads
@@ -14,6 +23,7 @@ cdef struct Task:
     int64_t hi[LANES]
     int64_t k_begin, k_end, full_begin, full_end
     int64_t begin, end
+    int64_t block                   # where it is
     int64_t hole_begin, hole_end    # keys that nobody sees
     uint64_t lanes                  # bits of the block's lanes
     uint64_t words[BLOCK]

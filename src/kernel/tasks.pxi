@@ -58,7 +58,8 @@ cdef inline int64_t splits_of(int64_t keys) noexcept nogil:
 
 cdef int64_t tasks(fastattn_problem* p, int64_t threads) noexcept nogil:
     # Batch b has tasks b * batch_tasks on: with many rows `blocks` for each head; with few, for each key head, `splits` of
-    # the keys for each of the groups of heads that go together. Those that a batch does not need do nothing.
+    # the keys for each of the groups of heads that share them. Those that a batch does not need do nothing. Where the rows of
+    # other key heads lie between those of one, as in pages, a task takes several groups, so that memory is read in long runs.
     cdef int64_t most_groups = 0        # of a batch with few rows
     cdef int64_t most_keys = 0
     cdef int64_t most_lanes = 0
@@ -66,6 +67,7 @@ cdef int64_t tasks(fastattn_problem* p, int64_t threads) noexcept nogil:
     cdef int64_t b, rows, heads
     cdef int64_t last = p.B if p.cu_q != NULL or p.query_lengths != NULL or p.kv_lengths != NULL else min(p.B, <int64_t>1)
     p.blocks = p.splits = p.groups = p.record = 0
+    p.together = 1
     if p.reduce != FASTATTN_OUTPUT:
         p.batch_tasks = p.H*p.chunks
         return p.B*p.batch_tasks
@@ -85,7 +87,11 @@ cdef int64_t tasks(fastattn_problem* p, int64_t threads) noexcept nogil:
         if p.splits > 1:
             p.groups = p.B*most_groups
             p.record = aligned(2*LANES + 16 + most_lanes*whole(p.Dv))*sizeof(real)
-    p.batch_tasks = max(p.H*p.blocks, most_groups*p.splits)
+        if p.pages != NULL or p.key.head < p.S*p.key.row:
+            p.together = min(most_groups, <int64_t>TOGETHER)
+            while p.together > 1 and p.B*((most_groups + p.together - 1)//p.together)*p.splits < 4*threads:
+                p.together = (p.together + 1)//2
+    p.batch_tasks = max(p.H*p.blocks, (most_groups + p.together - 1)//p.together*p.splits)
     return p.B*p.batch_tasks
 
 
@@ -93,15 +99,8 @@ cdef size_t state(const fastattn_problem* p) noexcept nogil:
     return 0 if p.groups == 0 else <size_t>((p.groups*8 + 63)//64*64 + p.groups*p.splits*p.record)
 
 
-cdef struct Place:
-    int64_t b, h, q_begin, q_end
-    int64_t heads                   # from h on, all of one key head
-    bint few
-    int64_t group, split, splits    # of few rows
-
-
-cdef bint locate(const fastattn_problem* p, int64_t task, Place* place) noexcept nogil:
-    # Which rows of which heads, and for few rows which keys; False if there is nothing to do.
+cdef bint locate(const fastattn_problem* p, int64_t task, int64_t one, Place* place) noexcept nogil:
+    # The place of one of the groups that a task takes; False if there is nothing to do.
     cdef int64_t at = task % p.batch_tasks
     cdef int64_t n_blocks = p.blocks
     cdef int64_t L, n_vectors, width, q_block, parts
@@ -113,13 +112,15 @@ cdef bint locate(const fastattn_problem* p, int64_t task, Place* place) noexcept
     if place.few:
         # Heads that read the same keys follow each other: the keys are in the cache then.
         place.heads = heads_together(p, L)
-        parts = p.H // p.Hkv // place.heads
+        parts = p.H // p.Hkv // place.heads if p.together == 1 else 1
         place.splits = splits_of(keys_of(p, place.b))
         place.split = at // parts % p.splits
-        place.h = (at // parts // p.splits*parts + at % parts)*place.heads
+        place.h = ((at // parts // p.splits*parts + at % parts)*p.together + one)*place.heads
         place.group = place.b*(p.groups // p.B) + place.h // place.heads
         place.q_end = rows_of_batch(p.cu_q, place.b, p.L)
         return place.h < p.H and place.split < place.splits
+    if one > 0:
+        return False
     # Many: vectors [n q / N, n (q + 1) / N) of the n vectors of a head. The last rows see most when causal: longest first.
     # Else in the order of memory: a window moves on over keys that are still in the cache.
     L = rows_of_batch(p.cu_q, place.b, p.L)
@@ -169,7 +170,7 @@ cdef void expect_task(Task* t, int64_t n_tasks, int64_t task) noexcept nogil:
     if t.few:
         return
     expect_array(later, p, &p.out, t.b, t.h, p.cu_q, t.q_begin, t.n_queries, p.Dv)
-    if task >= n_tasks or p.pages != NULL or not locate(p, task, &place) or place.few:
+    if task >= n_tasks or p.pages != NULL or not locate(p, task, 0, &place) or place.few:
         return
     h_kv = place.h // (p.H // p.Hkv)
     if place.b != t.b or h_kv != t.h // (p.H // p.Hkv):
@@ -181,18 +182,19 @@ cdef void expect_task(Task* t, int64_t n_tasks, int64_t task) noexcept nogil:
         expect_array(later, p, &p.value, place.b, h_kv, p.cu_k, first, n, p.Dv)
 
 
-cdef size_t lay_out(Task* t, const fastattn_problem* p, char* memory) noexcept nogil:
-    # The parts of a thread's scratch, from `memory` on; the bytes they take.
-    cdef real* at = <real*>memory
-    t.Qt = at
-    at += aligned(whole(p.D)*LANES)
+cdef size_t lay_out(Task* t, const fastattn_problem* p, int64_t one, char* memory) noexcept nogil:
+    # The parts of a thread's scratch, from `memory` on; the bytes they take. First the tasks that go together, then what each
+    # of them keeps from block to block, then what they have in common.
+    cdef real* at = <real*>(memory + (p.together*sizeof(Task) + 63)//64*64)
+    cdef Py_ssize_t own = aligned(whole(p.D)*LANES) + aligned(whole(p.Dv)*LANES) + 2*LANES
+    t.Qt = at + one*own
+    t.Ot = t.Qt + aligned(whole(p.D)*LANES)
+    t.m = t.Ot + aligned(whole(p.Dv)*LANES)
+    t.l = t.m + LANES
+    at += p.together*own
     t.S = at
     at += BLOCK*LANES
-    t.Ot = at
-    at += aligned(whole(p.Dv)*LANES)
-    t.m = at
-    t.l = t.m + LANES
-    t.c = t.l + LANES
+    t.c = at
     t.before = t.c + LANES
     t.base = t.before + LANES
     t.total = t.base + LANES
@@ -226,16 +228,18 @@ cdef size_t lay_out(Task* t, const fastattn_problem* p, char* memory) noexcept n
 
 cdef size_t scratch(const fastattn_problem* p) noexcept nogil:
     cdef Task t
-    return lay_out(&t, p, NULL)
+    return lay_out(&t, p, 0, NULL)
 
 
-cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, void* memory) noexcept nogil:
-    # Everything of a task before its first block of keys; False if it has no valid query.
+cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, int64_t one, void* memory) noexcept nogil:
+    # Everything of a task, one of those that go together, before its first block of keys; False if it has no valid query.
     cdef int64_t n_keys, h_kv, at
     cdef const char* q
     cdef double kappa
     cdef real sign = 1
     t.p = p
+    t.place = place[0]
+    t.next = NULL
     t.b = place.b
     t.h = place.h
     t.few = place.few
@@ -300,7 +304,7 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, void* 
         t.bias = base_of(p, &p.bias, t.b, t.h, NULL, False)
     if p.mask.data != NULL:
         t.mask = <const uint8_t*>p.mask.data + offset(p, &p.mask, t.b, t.h, NULL)
-    lay_out(t, p, <char*>memory)
+    lay_out(t, p, one, <char*>memory)
 
     # The scale joins the exponent. Its sign goes into Q, exactly, so that the largest score has the largest exponent; where a
     # softcap or a bias makes logits of the scores, they apply it and the exponent keeps log2 e.

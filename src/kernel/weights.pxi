@@ -175,13 +175,13 @@ cdef void run_weights(const fastattn_problem* p, int64_t task, bint caller, void
     for q_block in range(n_blocks*(task % p.chunks) // p.chunks, n_blocks*(task % p.chunks + 1) // p.chunks):
         place.q_begin = q_block*LANES
         place.q_end = min(p.L, place.q_begin + LANES)
-        if not prepare(&t, p, &place, memory):
+        if not prepare(&t, p, &place, 0, memory):
             continue
         t.cold = False
         t.chunk = task % p.chunks
         t.later.at = 0
         t.later.n_next = 0
-        if not walk(&t, caller):
+        if not walk(&t, 1, caller):
             return
         normalise(&t, NULL)
         t.nan_rows = 0
@@ -194,6 +194,6 @@ cdef void run_weights(const fastattn_problem* p, int64_t task, bint caller, void
             t.top[i] = -INFINITY
             t.top_at[i] = -1
         t.second = True
-        if not walk(&t, caller):
+        if not walk(&t, 1, caller):
             return
         finish_weights(&t)
