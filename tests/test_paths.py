@@ -537,3 +537,52 @@ def test_live_and_hidden_infinities_in_splits(bad, kind, seed):
                             {**context, "in": where})
                 if where == "key" and np.isnan(bad):
                     assert np.isnan(out[:, :, seen]).all() and np.isnan(lse[:, :, seen]).all(), context
+
+
+# --- heads whose keys lie side by side, which a task takes together ---
+
+@each_kind
+@pytest.mark.parametrize("layout", ["inside rows", "pages of 16", "pages of 40"])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (90, 0)}, {"window": (2000, 0)}], ids=str)
+def test_heads_side_by_side(options, layout, kind, seed):
+    """The bits of heads that lie apart, alone and on any number of threads."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array([SPLIT + 150, 1, 300, 96, 0])
+    most = lengths.max()
+    for heads, rows in [(8, 1), (10, 6), (22, 3)]:
+        q, k, v = arrays_of(rng, kind, B=5, H=heads, Hkv=heads // 2, L=rows, S=most, D=64, Dv=64)
+        context = {"kind": kind, "heads": heads, "rows": rows, "seed": seed}
+        more = options | {"kv_lengths": lengths, "query_offset": lengths - rows}
+        out = fa.attention(q, k, v, **more)
+        if layout == "inside rows":
+            k, v = (np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
+            calls = {n: functools.partial(fa.attention, q, k, v, num_threads=n, **more) for n in (1, 2, 3)}
+        elif kind == "float64":
+            pytest.skip("caches hold float32 and less")
+        else:
+            page = int(layout.split()[-1])
+            cache = fa.KVCache(-(-most // page) * 2, page, heads // 2, 64, dtype=k.dtype.name)
+            cache._free[:] = rng.permutation(cache.num_pages)
+            cache.append(range(5), k, v, lengths)
+            calls = {n: functools.partial(cache.attend, q, range(5), num_threads=n, **options) for n in (1, 2, 3)}
+        for threads, call in calls.items():
+            assert_same_bits(call(), out, {**context, "threads": threads})
+        for b, h in [(0, heads - 1), (2, 1)]:
+            one = [x[b : b + 1, i : i + 1] for x, i in ((q, h), (k, h // 2), (v, h // 2))]
+            alone = {"query_offset": int(lengths[b]) - rows, "kv_lengths": lengths[b : b + 1]} | options
+            assert_same_bits(fa.attention(*one, **alone), out[b : b + 1, h : h + 1], {**context, "batch": b, "head": h})
+
+
+@each_kind
+def test_heads_side_by_side_do_not_share_a_nan(kind, seed):
+    """A value of one head that is not finite stays with the rows of that head which see it."""
+    rng = np.random.default_rng(seed)
+    q, k, v = arrays_of(rng, kind, B=4, H=8, Hkv=8, L=3, S=400, D=64, Dv=64)
+    clean = fa.attention(q, k, v, causal=True, query_offset=397)
+    v[1, 2, 399], v[2, 5, 398, 7] = NAN, INF
+    k, v = (np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
+    out = fa.attention(q, k, v, causal=True, query_offset=397)
+    touched = np.zeros(out.shape, bool)
+    touched[1, 2, 2] = touched[2, 5, 1:, 7] = True
+    assert not np.isfinite(out[touched]).any()
+    assert_same_bits(out[~touched], clean[~touched], {"kind": kind, "seed": seed})

@@ -231,6 +231,10 @@ cdef void segment(Task* t, int first, int vectors, Operands* of, int64_t block, 
         pack_keys(t, block, n, not t.few)
     clear_chains(vectors, t.total + lane)
     if t.few:
+        if weaves(t, of, masked):
+            few_woven(t, of, n)
+            return
+        add_late(t)
         clear_block(t, first, vectors)
     if t.few and stays_packed(t, of, masked):
         few_whole(t, first, vectors, of, parts.end[0])
@@ -335,7 +339,7 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
     # All lanes against keys [block, end). Neighbouring vectors that see about the same keys form a segment, so that at the
     # edge of a causal or windowed pattern the work follows the visible area.
     cdef const fastattn_problem* p = t.p
-    cdef Operands of
+    cdef Operands* of = &t.late.of[t.late.side]
     cdef Py_ssize_t n = end - block
     cdef Parts parts
     cdef uint64_t pairs[BLOCK_VECTORS]      # bit j: some lane of the vector sees key 2 j or 2 j + 1
@@ -355,15 +359,15 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
     expect_masks(t, end, min(t.end, end + BLOCK))
     if how_much == NOTHING:
         return
-    find_operands(t, block, n, how_much == PART or t.bias != NULL, &of)
+    find_operands(t, block, n, how_much == PART or t.bias != NULL, of)
     if how_much == ALL:
         parts.n = 1
         parts.begin[0] = 0
         parts.end[0] = n
         if t.second:
-            weighed_segment(t, 0, t.vectors, &of, block, &parts, False)
+            weighed_segment(t, 0, t.vectors, of, block, &parts, False)
         else:
-            segment(t, 0, t.vectors, &of, block, n, &parts, False)
+            segment(t, 0, t.vectors, of, block, n, &parts, False)
         return
     for j in range(n//2):
         both[j] = t.seen[2*j] | t.seen[2*j + 1]
@@ -392,6 +396,6 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
         if seen != 0:
             parts_of(fill_gaps(seen), n, &parts)
             if t.second:
-                weighed_segment(t, first, g - first, &of, block, &parts, True)
+                weighed_segment(t, first, g - first, of, block, &parts, True)
             else:
-                segment(t, first, g - first, &of, block, n, &parts, True)
+                segment(t, first, g - first, of, block, n, &parts, True)

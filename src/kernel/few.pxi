@@ -1,6 +1,7 @@
 # Few rows: a block of keys by the loops of few_tiles.pxi, and what a task of few rows does before its first and behind its
 # last block. All keys of a block, then all its values: two long runs through memory, which a processor foresees; finer turns
-# cost a quarter of the bandwidth.
+# cost a quarter of the bandwidth, except where FMAs are the limit: there the keys of a block take turns with the values of the
+# one before (few_woven).
 #
 # Blocks that all rows see, without bias and softcap, stay as they are summed: P[keys][rows of the tile], no lane wasted.
 # Others are spread over the lanes of S, keys by lanes of rows, so that everything between the products is that of the other
@@ -183,14 +184,16 @@ cdef void few_operands(Task* t, int64_t block, Py_ssize_t n, Operands* of) noexc
     # Many rows widen each key and value once, a few as often as there are tiles of rows.
     cdef const fastattn_problem* p = t.p
     cdef bint once = t.n_queries > SUMS
+    cdef int64_t* k_at = t.k_at + t.late.side*(ROOM + 1)
+    cdef int64_t* v_at = t.v_at + t.late.side*(ROOM + 1)
     of.packs_k = p.key.col != 1 or (once and p.key.kind != FASTATTN_REAL)
     of.packs_v = p.value.col != 1 or of.clean or (once and p.value.kind != FASTATTN_REAL)
     if of.packs_k:
-        packed_source(t.packed_k, p.D, n, t.k_at, &of.keys)
+        packed_source(t.packed_k, p.D, n, k_at, &of.keys)
     else:
-        find_source(t, &p.key, t.k, p.D, block, n, t.next.k - t.k if t.next != NULL else 0, t.k_at, &of.keys)
+        find_source(t, &p.key, t.k, p.D, block, n, t.next.k - t.k if t.next != NULL else 0, k_at, &of.keys)
     if of.packs_v:
-        packed_source(t.packed_v, p.Dv, n, t.v_at, &of.values)
+        packed_source(t.packed_v, p.Dv, n, v_at, &of.values)
     elif (t.pages != NULL and not of.packs_k and p.key.kind == p.value.kind and p.D == p.Dv and p.key.row == p.value.row
             and p.key.lead[0] == p.value.lead[0] and p.key.head == p.value.head):
         of.values.data = t.v
@@ -198,7 +201,7 @@ cdef void few_operands(Task* t, int64_t block, Py_ssize_t n, Operands* of) noexc
         of.values.at = of.keys.at
         of.values.ahead = of.keys.ahead
     else:
-        find_source(t, &p.value, t.v, p.Dv, block, n, t.next.v - t.v if t.next != NULL else 0, t.v_at, &of.values)
+        find_source(t, &p.value, t.v, p.Dv, block, n, t.next.v - t.v if t.next != NULL else 0, v_at, &of.values)
     if of.keys.kind == FASTATTN_I8:
         source_scales(t, &p.key_scale, t.k_scale, block, n, &of.keys)
     if of.values.kind == FASTATTN_I8:
@@ -208,6 +211,60 @@ cdef void few_operands(Task* t, int64_t block, Py_ssize_t n, Operands* of) noexc
 cdef inline bint stays_packed(const Task* t, const Operands* of, bint masked) noexcept nogil:
     # Whether scores need no lanes of S: few_whole.
     return not masked and t.bias == NULL and t.p.softcap == 0 and not of.in_turn
+
+
+cdef inline bint weaves(const Task* t, const Operands* of, bint masked) noexcept nogil:
+    # Whether the values of a block wait until the keys of the next one are read: one large tile, and rows that are long in bytes.
+    # Else the long runs through memory are worth more.
+    return (stays_packed(t, of, masked) and ld_of(rows_of_tile(t.n_queries)) > 4 and t.n_queries <= SUMS//2
+            and not of.packs_k and not of.packs_v and of.keys.kind == FASTATTN_REAL and of.values.kind == FASTATTN_REAL)
+
+
+cdef void add_late(Task* t) noexcept nogil:
+    # what is left of the block before
+    cdef Late* late = t.late
+    cdef int mr
+    if late.task != NULL:
+        mr = rows_of_tile(late.task.n_queries)
+        tile_values(mr, late.task, late.values, 0, late.P, ld_of(mr), 0, late.n)
+        add_block(late.task, 0, late.task.vectors)
+        late.task = NULL
+
+
+cdef void few_woven(Task* t, const Operands* of, Py_ssize_t n) noexcept nogil:
+    # As few_whole and add_block, but the values are left for the next block, whose keys take turns with them: shuffles and FMAs
+    # of the two products overlap, and lines are asked for evenly.
+    cdef Late* late = t.late
+    cdef const Task* before = late.task
+    cdef real* P = t.S + late.side*SCORES
+    cdef real top[SUMS]
+    cdef int mr = rows_of_tile(t.n_queries)
+    cdef int ld = ld_of(mr)
+    cdef Py_ssize_t group = SUMS//ld                # keys that are summed together
+    cdef Py_ssize_t turn = max(<Py_ssize_t>1, TURN_BYTES//(whole(t.p.D)*sizeof(real)*group))*group
+    cdef Py_ssize_t i
+    cdef Py_ssize_t j = 0
+    for i in range(SUMS):
+        top[i] = -INFINITY
+    while before != NULL and j + turn <= n and j + turn <= late.n:
+        tile_values(mr, before, late.values, 0, late.P + j*ld, ld, j, j + turn)
+        tile_dots(mr, t, &of.keys, 0, j, turn, P + j*ld, top)
+        j += turn
+    if before != NULL:
+        tile_values(mr, before, late.values, 0, late.P + j*ld, ld, j, late.n)
+        add_block(late.task, 0, t.vectors)
+    if j < n:
+        tile_dots(mr, t, &of.keys, 0, j, n - j, P + j*ld, top)
+    clear_block(t, 0, t.vectors)
+    for i in range(t.vectors*VL):
+        t.c[i] = 1
+    tile_weights(mr, t, &of.values, 0, n, P, top)
+    add_sums(t.vectors, t.total, t.c, t.l)
+    late.task = t
+    late.n = n
+    late.P = P
+    late.values = &of.values
+    late.side ^= 1
 
 
 cdef void few_queries(Task* t, const char* q, real sign) noexcept nogil:

@@ -16,6 +16,7 @@ cdef enum:
     AHEAD = 96              # rows between the one that is read and the one asked for, at most
     AHEAD_BYTES = 6144      # and bytes: half as far or twice as far is slower
     ROOM = 96 + AHEAD + 16  # rows of a block, those asked for, and as many as a tile may read past them
+    TURN_BYTES = 2048       # of keys, then as many of values, where the two products take turns
     SCORES = 96*8 + 32      # of a block and SUMS / 2 rows, a tile and a vector past them
 
 
@@ -35,6 +36,15 @@ cdef struct Operands:       # of the products of a block
     bint in_turn            # both go through the same memory: packed anew where a segment needs them
     bint clean, poisoned    # values that are not finite become 0; there are some
     Source keys, values     # few rows
+
+
+cdef struct Late:           # values of the block before that are still to be added
+    Task* task              # NULL: none
+    Py_ssize_t n
+    const real* P
+    const Source* values
+    int side                # which half of what is double the present block takes
+    Operands of[2]
 
 
 cdef inline Py_ssize_t vectors_of_line(const int kind) noexcept nogil:

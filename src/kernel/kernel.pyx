@@ -155,6 +155,8 @@ cdef bint walk(Task* each, int n, bint caller) noexcept nogil:
     cdef bint more = True
     for i in range(n):
         start(&each[i])
+    each.late.task = NULL
+    each.late.side = 0
     while more:
         more = False
         for i in range(n):
@@ -166,6 +168,8 @@ cdef bint walk(Task* each, int n, bint caller) noexcept nogil:
                 p.poll(p.poll_data)
             if p.stop[0]:
                 return False
+    if each.few:
+        add_late(each)
     return True
 
 

@@ -1,5 +1,8 @@
 # The state of one task, and which keys each of its lanes sees.
 
+cdef struct Late
+
+
 cdef struct Place:                  # which rows of which heads, and of few rows which keys
     int64_t b, h, q_begin, q_end
     int64_t heads                   # from h on, all of one key head
@@ -68,8 +71,9 @@ cdef struct Task:
     # few rows
     real* Ob                        # [LANES][Dv'] what a block adds to O
     real* sums                      # [SCORES] P of a tile of rows
-    int64_t* k_at                   # [ROOM + 1] bytes to the rows of a block and to those behind; their distance
+    int64_t* k_at                   # [2][ROOM + 1] bytes to the rows of a block and to those behind; whose they are
     int64_t* v_at
+    Late* late
 
 
 cdef inline int64_t lead_offset(const fastattn_problem* p, const int64_t* strides, int64_t b) noexcept nogil:

@@ -220,8 +220,9 @@ cdef size_t lay_out(Task* t, const fastattn_problem* p, int64_t one, char* memor
     t.sums = at
     at += SCORES
     t.k_at = <int64_t*>at
-    t.v_at = t.k_at + ROOM + 1
-    t.top_at = t.v_at + ROOM + 1
+    t.v_at = t.k_at + 2*(ROOM + 1)
+    t.late = <Late*>(t.v_at + 2*(ROOM + 1))
+    t.top_at = <int64_t*>(t.late + 1)
     t.top = <real*>(t.top_at + p.k*LANES)
     return <char*>(t.top + p.k*LANES) - memory
 
@@ -322,8 +323,9 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, int64_
     t.kappa = <real>kappa
     if t.few:
         few_queries(t, q, sign)
-        t.k_at[ROOM] = INT64_MAX
-        t.v_at[ROOM] = INT64_MAX
+        for at in range(2):
+            t.k_at[at*(ROOM + 1) + ROOM] = INT64_MAX
+            t.v_at[at*(ROOM + 1) + ROOM] = INT64_MAX
     else:
         pack_queries(q + t.q_begin*p.query.row*v_size(p.query.kind), p.query.row, p.query.col, p.query.kind, t.n_queries,
                      t.vectors, p.D//WORD, sign, t.Qt)
