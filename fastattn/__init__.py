@@ -22,10 +22,11 @@ from ._runtime import (
 from .attention import attention, attention_weights, varlen_attention
 from .bias import ALiBi, RelativeBias
 from .cache import KVCache
+from .gradient import attention_backward, varlen_attention_backward
 from .merge import merge_states
 
 __version__ = _config()["fastattn"]
 
-__all__ = ["ALiBi", "KVCache", "RelativeBias", "attention", "attention_weights", "get_include", "get_num_threads",
-           "isa", "masks", "merge_states", "positions", "reference", "set_num_threads", "show_config", "threads",
-           "varlen_attention"]
+__all__ = ["ALiBi", "KVCache", "RelativeBias", "attention", "attention_backward", "attention_weights", "get_include",
+           "get_num_threads", "isa", "masks", "merge_states", "positions", "reference", "set_num_threads",
+           "show_config", "threads", "varlen_attention", "varlen_attention_backward"]

@@ -10,11 +10,13 @@ from .attention import varlen_attention as varlen_attention
 from .bias import ALiBi as ALiBi
 from .bias import RelativeBias as RelativeBias
 from .cache import KVCache as KVCache
+from .gradient import attention_backward as attention_backward
+from .gradient import varlen_attention_backward as varlen_attention_backward
 from .merge import merge_states as merge_states
 
-__all__ = ["ALiBi", "KVCache", "RelativeBias", "attention", "attention_weights", "get_include", "get_num_threads",
-           "isa", "masks", "merge_states", "positions", "reference", "set_num_threads", "show_config", "threads",
-           "varlen_attention"]
+__all__ = ["ALiBi", "KVCache", "RelativeBias", "attention", "attention_backward", "attention_weights", "get_include",
+           "get_num_threads", "isa", "masks", "merge_states", "positions", "reference", "set_num_threads",
+           "show_config", "threads", "varlen_attention", "varlen_attention_backward"]
 
 __version__: str
 

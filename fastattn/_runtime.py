@@ -76,6 +76,10 @@ if _isa == "reference":
     def forward(problem):
         from . import reference
         (reference.forward_weights if problem.reduce else reference.forward)(problem)
+
+    def backward(problem):
+        from . import reference
+        reference.backward(problem)
 else:
     def _table(isa, bits):
         return importlib.import_module(f"{__package__}._kernel_{isa}_f{bits}").table
@@ -87,6 +91,7 @@ else:
     os.register_at_fork(after_in_child=_dispatch.after_fork)
     plain = _dispatch.plain
     forward = _dispatch.forward
+    backward = _dispatch.backward
     store = _dispatch.store
     measure_peak = _dispatch.measure_peak
     read_once = _dispatch.read_once

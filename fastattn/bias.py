@@ -56,6 +56,24 @@ class Bias:
         """None, or int64 (L,) and (S,): query i and key j read element index[0][i] + index[1][j] of the view."""
         return None
 
+    def diagonals(self, lead, L, S, query_offset=None):
+        """What sums of the gradient are kept: ((rows, cols), lead, n, distance).
+
+        Query i and key j add to element rows[i] + cols[j] of the n of their batch and head; lead is 1 where batches
+        along an axis share them, and distance (*lead, n) says which j - p each is, or is None where `index` does.
+        """
+        offset = np.full((1,) * len(lead), S - L) if query_offset is None else query_offset.reshape(lead)
+        for axis in range(len(lead)):
+            first = offset.take([0], axis)
+            if (offset == first).all():
+                offset = first
+        n = max(0, L + S - 1)
+        return (np.arange(L) + (S - 1), -np.arange(S)), offset.shape, n, (S - 1 - offset)[..., None] - np.arange(n)
+
+    def gradient(self, sums, distance):
+        """The gradient of what the object was made of, from float64 sums (..., H, n) over diagonals."""
+        raise NotImplementedError
+
     def _values(self, distance):
         """(..., heads or 1, n) for integers (..., n): distances j - p."""
         raise NotImplementedError
@@ -118,6 +136,11 @@ class ALiBi(Bias):
         slopes, distance = self.slopes.astype(np.float64)[:, None], distance[..., None, :]
         return -slopes * abs(distance) if self.symmetric else slopes * distance
 
+    def gradient(self, sums, distance):
+        of_slope = -abs(distance) if self.symmetric else distance
+        result = (sums * of_slope[..., None, :]).sum(axis=-1)
+        return result.sum(axis=tuple(range(result.ndim - 1))).astype(self.slopes.dtype)
+
     def __repr__(self):
         return f"<ALiBi: {self.heads} heads{', symmetric' if self.symmetric else ''}>"
 
@@ -177,7 +200,7 @@ class RelativeBias(Bias):
             if n % 2 == 0:
                 raise ValueError(f"first must be given for a table of an even number of distances, got a table of {n}")
             first = -(n // 2)
-        self.shape = None
+        self.shape = self._made_of = None
         self.first = positions._count("first", first, 1 - 2**60)
         if self.first >= 2**60:
             raise ValueError(f"first must be less than 2**60, got {first}")
@@ -220,7 +243,10 @@ class RelativeBias(Bias):
         positions.relative_buckets([], len(table), **how)  # refuses wrong numbers before they become a size
         # Past max_distance on either side, and ahead of a decoder's query, nothing changes: a clamped table.
         distance = np.arange(-max_distance, max_distance + 1 if bidirectional else 1)
-        return RelativeBias(table[positions.relative_buckets(distance, len(table), **how)].T, first=-max_distance)
+        buckets = positions.relative_buckets(distance, len(table), **how)
+        bias = RelativeBias(table[buckets].T, first=-max_distance)
+        bias._made_of = lambda gradient: np.stack([np.bincount(buckets, row, len(table)) for row in gradient], axis=1)
+        return bias
 
     @staticmethod
     def grid(table, *, shape):
@@ -254,7 +280,9 @@ class RelativeBias(Bias):
         if table.ndim != 2 or len(table) != (2 * h - 1) * (2 * w - 1):
             raise ValueError(f"table must have shape ({(2 * h - 1) * (2 * w - 1)}, H) for a grid of {h} x {w}, "
                              f"got {table.shape}")
-        return _GridBias(table.T.reshape(-1, 2 * h - 1, 2 * w - 1), (h, w))
+        bias = _GridBias(table.T.reshape(-1, 2 * h - 1, 2 * w - 1), (h, w))
+        bias._made_of = lambda gradient: gradient.reshape(len(gradient), -1).T
+        return bias
 
     @staticmethod
     def decomposed(rows, columns, *, shape):
@@ -293,13 +321,31 @@ class RelativeBias(Bias):
             raise ValueError(f"columns must have the {len(rows)} heads of rows, got {len(columns)}")
         with np.errstate(all="ignore"):
             table = rows[:, :, None].astype(np.float64) + columns[:, None, :]
-        return _GridBias(table, (h, w))
+        bias = _GridBias(table, (h, w))
+        bias._made_of = lambda gradient: (gradient.sum(axis=2), gradient.sum(axis=1))
+        return bias
 
     def _values(self, distance):
         index = np.clip(distance - self.first, 0, self.table.shape[-1] - 1)
         if self.heads is None:
             return self.table[index][..., None, :]
         return np.moveaxis(self.table[:, index], 0, -2)
+
+    def gradient(self, sums, distance):
+        size = self.table.shape[-1]
+        index = np.broadcast_to(np.clip(distance - self.first, 0, size - 1)[..., None, :], sums.shape)
+        heads = np.zeros((sums.shape[-2], size))
+        for at in np.ndindex(sums.shape[:-1]):
+            heads[at[-1]] += np.bincount(index[at], sums[at], size)
+        return self._of_argument(heads if self.heads is not None else heads.sum(axis=0))
+
+    def _of_argument(self, gradient):
+        # of what the caller gave, where that is not the table
+        if self._made_of is not None:
+            gradient = self._made_of(gradient)
+        if isinstance(gradient, tuple):
+            return tuple(part.astype(self.table.dtype) for part in gradient)
+        return np.ascontiguousarray(gradient, self.table.dtype)
 
     def __repr__(self):
         heads = "all heads" if self.heads is None else f"{self.heads} heads"
@@ -311,6 +357,7 @@ class _GridBias(RelativeBias):
 
     def __init__(self, table, shape):
         self.table, self.shape, self.heads, self.first = table, shape, len(table), None
+        self._made_of = None
 
     def check(self, H, L, S):
         super().check(H, L, S)
@@ -324,6 +371,12 @@ class _GridBias(RelativeBias):
         self.check(H, L, S)
         with np.errstate(all="ignore"):
             return self.table.reshape(len(self.table), 1, -1).astype(dtype, order="C")
+
+    def diagonals(self, lead, L, S, query_offset=None):
+        return self.index(), (1,) * len(lead), self.table[0].size, None
+
+    def gradient(self, sums, distance):
+        return self._of_argument(sums.sum(axis=tuple(range(sums.ndim - 2))).reshape(self.table.shape))
 
     def index(self):
         # (yi - yj + h - 1) (2 w - 1) + xi - xj + w - 1 = at[i] - at[j] + at[h w - 1]

@@ -55,6 +55,16 @@ class Problem:
     rows            is None or int64 (L,): the rows that the queries are in positions and query_lengths
     weights         the kernel's result: (*lead, H, L, S), (*lead, H, chunks, S), (*lead, H, L, 1) or (*lead, H, L, k)
     indices         None, or int64 (*lead, H, L, k)
+    bias_offset     of a bias object: None or int64 (B,)
+    grad_out, grad_lse                      of a backward pass: as out and lse, the latter or None
+    grad_query, grad_key, grad_value        as query, key and value, zeros to be filled, in the dtype of the sums
+    delta           (*lead, H, L), minus grad_lse, to be filled for the rows that see a key: sum of grad_out * out, less
+                    grad_lse
+    grad_bias       None, or zeros to be filled: (*lead, H, L, S) with stride 0 where it is a sum
+    grad_index      None, or as bias_index; then grad_bias is (parts, *lead, H, 1, n), to be summed
+    row_grad        None or (*lead, H, L), to be filled: the sums over the keys of the gradient of the final scores
+    parts           of grad_bias
+    serial          grad_bias is a sum over batches or key heads
     returned        what `result` returns: the caller's own out=, or `out` in the caller's shape
     returned_lse    None, or lse in the caller's shape
     """
@@ -62,7 +72,8 @@ class Problem:
     __slots__ = ("query", "key", "value", "mask", "plan", "bias", "bias_index", "sinks", "left", "right",
                  "query_offset", "query_lengths", "kv_lengths", "scale", "softcap", "one_path", "out", "lse",
                  "num_threads", "cu_q", "cu_k", "L", "S", "pages", "reduce", "rows", "weights", "indices", "k",
-                 "chunks", "returned", "returned_lse")
+                 "chunks", "bias_offset", "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "delta",
+                 "grad_bias", "grad_index", "row_grad", "parts", "serial", "returned", "returned_lse")
 
     def result(self):
         """What the caller gets: out, or (out, lse)."""
@@ -94,19 +105,31 @@ class Problem:
             for name in ("query_offset", "query_lengths", "kv_lengths"):
                 values = getattr(self, name)
                 setattr(one, name, None if values is None else values[b : b + 1])
+            if hasattr(self, "grad_out"):
+                for name, part in (("grad_out", rows), ("grad_lse", rows), ("grad_query", rows), ("delta", rows),
+                                   ("row_grad", rows), ("grad_key", keys), ("grad_value", keys)):
+                    values = getattr(self, name)
+                    setattr(one, name, None if values is None else values[b : b + 1, :, part])
+                if self.grad_index is not None:
+                    one.grad_index = self.grad_index[0][: one.L], self.grad_index[1][: one.S]
+                    one.grad_bias = self.grad_bias[:, b : b + 1]
+                elif self.grad_bias is not None:
+                    one.grad_bias = self.grad_bias[b : b + 1, :, : one.L, : one.S]
             yield one
 
 
 def problem(query, key, value, *, mask=None, bias=None, causal=False, window=None, query_offset=None,
             query_lengths=None, kv_lengths=None, scale=None, softcap=None, sinks=None, normalizer="softmax",
-            dropout_p=0.0, seed=None, out=None, return_lse=False, deterministic=None, num_threads=None, packed=None):
+            dropout_p=0.0, seed=None, out=None, return_lse=False, deterministic=None, num_threads=None, packed=None,
+            results=True):
     """Check the arguments of `attention`, which documents them, and return the `Problem` they describe.
 
-    ``packed``: None, or (cu_seqlens_q, cu_seqlens_k) of `varlen_attention`.
+    ``packed``: None, or (cu_seqlens_q, cu_seqlens_k) of `varlen_attention`. ``results``: False leaves out to the
+    caller, with its shape in `returned`.
     """
     p = Problem()
     p.reduce = p.k = p.chunks = 0
-    p.rows = p.weights = p.indices = p.pages = None
+    p.rows = p.weights = p.indices = p.pages = p.bias_offset = None
 
     # --- query, key, value: kind, dtype, layout ---
     query, key, value = _array("query", query), _array("key", key), _array("value", value)
@@ -213,6 +236,7 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
     if from_positions:
         sequences = () if packed is None else zip(most_q, most_k)
         p.bias, p.bias_index = _bias(bias, lead, H, L, S, inside, query_offset, sequences)
+        p.bias_offset = query_offset
 
     # --- numbers ---
     if scale is None:
@@ -242,6 +266,9 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
 
     # --- results ---
     shape = (T, H, Dv) if packed is not None else lead + (H, L, Dv) if rank > 2 else (L, Dv)
+    if not results:
+        p.returned, p.out, p.lse = shape, None, None
+        return p
     if out is None:
         p.returned = p.out = aligned_empty(shape, dtype)
     else:
@@ -253,6 +280,69 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
     elif rank == 2:
         p.out = p.out[None]
         p.lse = None if p.lse is None else p.lse[None]
+    return p
+
+
+GRADIENT_PARTS = 8  # at least, of the sums over diagonals
+
+
+def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bias=None, **options):
+    """Check the arguments of `attention_backward`, which documents them, and return the `Problem` they describe."""
+    p = problem(query, key, value, bias=bias, results=False, **options)
+    shape, dtype, inside = p.returned, p.query.dtype, compute_dtype(p.query.dtype)
+    packed, flat = p.cu_q is not None, len(shape) == 2
+    lead, (H, rows, D), (Hkv, keys, Dv) = p.query.shape[:-3], p.query.shape[-3:], p.value.shape[-3:]
+
+    def as_problem(array):
+        """An array of the caller's shape as the problem has it."""
+        return _every_batch(array, lead) if packed else array[None] if flat else array
+
+    def given(name, array, shape, dtype):
+        array = _array(name, array)
+        if array.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {array.dtype}")
+        if array.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+        _check_layout(name, array)
+        return as_problem(array)
+
+    p.grad_out = given("grad_out", grad_out, shape, dtype)
+    p.out = given("out", out, shape, dtype)
+    p.lse = given("lse", lse, shape[:-1], inside)
+    p.grad_lse = None if grad_lse is None else given("grad_lse", grad_lse, shape[:-1], inside)
+
+    def zeros(H, n, *columns):
+        return np.zeros((n, H, *columns) if packed else (n, *columns) if flat else lead + (H, n, *columns), inside)
+
+    # Arguments that were broadcast have the sum over the batches, which `gradients` takes.
+    sums = {"query": zeros(H, rows, D), "key": zeros(Hkv, keys, D), "value": zeros(Hkv, keys, Dv)}
+    p.grad_query, p.grad_key, p.grad_value = map(as_problem, sums.values())
+    sums["lse"] = lse if isinstance(lse, np.ndarray) else _array("lse", lse)
+    sums["delta"] = zeros(H, rows) if grad_lse is None else np.negative(grad_lse, dtype=inside)
+    p.delta = as_problem(sums["delta"])
+    p.grad_bias = p.grad_index = p.row_grad = None
+    p.parts, p.serial = 0, False
+    if isinstance(bias, Bias):
+        some = p.query.size * p.S > 0 or (D == 0 and p.query.shape[-2] * H * p.S * math.prod(lead) > 0)
+        batches, offset = (lead, p.bias_offset) if some else ((1,) * len(lead), None)
+        p.grad_index, own, n, sums["distance"] = bias.diagonals(batches, p.L, p.S, offset)
+        p.grad_index = tuple(np.ascontiguousarray(index, np.int64) for index in p.grad_index)
+        blocks = -(-p.S // masks.KEYS)
+        p.parts = max(1, min(blocks, max(GRADIENT_PARTS, blocks // GRADIENT_PARTS)))
+        sums["bias"] = np.zeros((p.parts, *own, H, n), inside)
+        p.grad_bias = _to_be_summed(sums["bias"][..., None, :], (p.parts, *batches, H, 1, n))
+        p.serial = own != lead
+    elif bias is not None:
+        full = lead + (H, p.L, p.S)
+        own = (1,) * (len(full) - np.ndim(bias)) + np.shape(bias)
+        if own[-1] == 1 and p.S != 1:
+            sums["rows"] = zeros(H, rows)
+            p.row_grad = as_problem(sums["rows"])
+        else:
+            sums["bias"] = np.zeros(own, inside)
+            p.grad_bias = _to_be_summed(sums["bias"], full)
+            p.serial = own[:-3] != lead or (own[-3] != H and Hkv > 1)
+    p.returned = sums
     return p
 
 
@@ -352,6 +442,11 @@ def _every_batch(packed, lead):
     """(T, H, ...) as (*lead, H, T, ...) on the same memory, writeable."""
     view = packed.swapaxes(0, 1)
     return np.lib.stride_tricks.as_strided(view, lead + view.shape, (0,) + view.strides)
+
+
+def _to_be_summed(array, shape):
+    """np.broadcast_to, writeable: what is added to an element of the view joins the sum."""
+    return np.lib.stride_tricks.as_strided(array, shape, np.broadcast_to(array, shape).strides)
 
 
 def aligned_empty(shape, dtype):

@@ -18,7 +18,7 @@ seen propagate, and a row whose visible scores are all -inf is NaN, not empty.
 
 import numpy as np
 
-from . import checks, merge
+from . import checks, gradient, merge
 from .bias import ALiBi
 
 
@@ -157,6 +157,87 @@ def forward(problem, dtype=None):
             problem.out[head] = weighted_sum(weights, visible, problem.value[kv_head].astype(dtype))
             if problem.lse is not None:
                 problem.lse[head] = lse
+
+
+def attention_backward(grad_out, query, key, value, out, lse, *, grad_lse=None, mask=None, bias=None, causal=False,
+                       window=None, query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None,
+                       sinks=None, normalizer="softmax", dropout_p=0.0, seed=None, deterministic=None,
+                       num_threads=None):
+    """`fastattn.attention_backward` in plain NumPy, in float64 inside. For each query row of a head, over its keys:
+
+        p[j]   = exp(s[j] - lse)
+        dz[j]  = p[j] (grad_out . v[j] - delta)            delta = grad_out . out - grad_lse: the bias' gradient
+        ds[j]  = dz[j] (1 - (y[j] / softcap)^2)            y: the scores behind the softcap, if there is one
+        dq     = scale * sum ds[j] k[j]
+        dk[j] += scale * ds[j] q,  dv[j] += p[j] grad_out
+        dsink -= exp(sink - lse) delta
+    """
+    return _backward(
+        None, grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask, bias=bias, causal=causal,
+        window=window, query_offset=query_offset, query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale,
+        softcap=softcap, sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed,
+        deterministic=deterministic, num_threads=num_threads)
+
+
+def varlen_attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, *, grad_lse=None,
+                              mask=None, bias=None, causal=False, window=None, query_offset=None, query_lengths=None,
+                              kv_lengths=None, scale=None, softcap=None, sinks=None, normalizer="softmax",
+                              dropout_p=0.0, seed=None, deterministic=None, num_threads=None):
+    """`fastattn.varlen_attention_backward` in plain NumPy: each sequence by itself, in float64 inside."""
+    return _backward((cu_seqlens_q, cu_seqlens_k), grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask,
+                     bias=bias, causal=causal, window=window, query_offset=query_offset, query_lengths=query_lengths,
+                     kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks, normalizer=normalizer,
+                     dropout_p=dropout_p, seed=seed, deterministic=deterministic, num_threads=num_threads)
+
+
+def _backward(packed, grad_out, query, key, value, out, lse, *, bias, sinks, **options):
+    problem = checks.gradient_problem(grad_out, query, key, value, out, lse, bias=bias, sinks=sinks, packed=packed,
+                                      **options)
+    backward(problem)
+    return gradient.gradients(problem, query, key, value, bias, sinks)
+
+
+def backward(problem, dtype=None):
+    """Fill the gradients of the problem, computing in `dtype` (float64 unless given)."""
+    if problem.cu_q is not None:
+        for sequence in problem.sequences():
+            backward(sequence, dtype)
+        return
+    dtype = np.dtype(dtype or np.float64).type
+    with np.errstate(all="ignore"):
+        for batch, head, kv_head in heads(problem):
+            scores, visible = logits(problem, batch, head, kv_head, dtype)
+            q, k, v = (x.astype(dtype) for x in (problem.query[head], problem.key[kv_head], problem.value[kv_head]))
+            g, lse = problem.grad_out[head].astype(dtype), problem.lse[head].astype(dtype)
+            p = np.where(visible, np.exp(scores - lse[:, None]), 0)
+            delta = (g * problem.out[head].astype(dtype)).sum(axis=1)
+            if problem.grad_lse is not None:
+                delta -= problem.grad_lse[head]
+            some = visible.any(axis=1)
+            problem.delta[head][some] = delta[some]
+            dz = np.where(visible, p * (g @ v.T - delta[:, None]), 0)
+            _add_bias_gradient(problem, head, dz)
+            if problem.softcap:
+                dz = np.where(visible, dz * (1 - np.tanh(problem.scale * (q @ k.T) / problem.softcap) ** 2), 0)
+            problem.grad_query[head] += problem.scale * weighted_sum(dz, visible, k)
+            problem.grad_key[kv_head] += problem.scale * weighted_sum(dz.T, visible.T, q)
+            problem.grad_value[kv_head] += weighted_sum(p.T, visible.T, g)
+
+
+def _add_bias_gradient(problem, head, dz):
+    if problem.row_grad is not None:
+        problem.row_grad[head] += dz.sum(axis=1)
+    if problem.grad_bias is None:
+        return
+    if problem.grad_index is not None:
+        rows, keys = problem.grad_index
+        np.add.at(problem.grad_bias[(0, *head, 0)], rows[:, None] + keys, dz)
+        return
+    to = problem.grad_bias[head]
+    if to.strides[0] == 0 and len(to) > 1:  # one row for all queries
+        to[0] += dz.sum(axis=0)
+    else:
+        to += dz
 
 
 def heads(problem):

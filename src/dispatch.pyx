@@ -173,6 +173,8 @@ cdef void work_off(Work* work) noexcept nogil:
     while work.p.stop[0] == 0:
         n = fastattn_add(&work.next, 0)
         n = max(<int64_t>1, min(<int64_t>RUN, (work.n_tasks - n)//(8*fastattn_team())))
+        if work.p.reduce == FASTATTN_GRADIENT:      # tasks wait for earlier ones
+            n = 1
         first = fastattn_add(&work.next, n)
         if first >= work.n_tasks:
             break
@@ -230,13 +232,15 @@ cdef int run(fastattn_problem* p, int n_threads) except -1:
     cdef Watch watch
     if p.B*p.H*p.L == 0:
         return 0
-    flops = 2*pairs(p)*(2*p.D if p.reduce else p.D + p.Dv)
+    flops = 2*pairs(p)*(3*p.D + 2*p.Dv if p.reduce == FASTATTN_GRADIENT else 2*p.D if p.reduce else p.D + p.Dv)
     if n_threads <= 0:
         n_threads = default_threads
     n_threads = 1 if forked else min(n_threads, most_threads)
     if n_threads > 1 and flops < n_threads*FLOPS_A_THREAD:
         n_threads = max(1, <int>(flops/FLOPS_A_THREAD))
     n_tasks = kernel.tasks(p, n_threads)
+    if n_tasks == 0:
+        return 0
     n_threads = <int>min(<int64_t>n_threads, n_tasks)
     size = (kernel.scratch(p) + 4095 + 128)//4096*4096 + 64     # not a multiple of 4096 apart: threads would share L1 sets
     shared = (kernel.state(p) + 63)//64*64
@@ -436,9 +440,8 @@ cdef void describe_pages(fastattn_problem* p, pages) except *:
     p.hole_end = integers(pages.hole_end)
 
 
-def forward(problem):
-    """Fill problem.out and problem.lse (see checks.Problem)."""
-    cdef fastattn_problem p
+cdef void describe_problem(fastattn_problem* p, problem) except *:
+    # all but what a pass writes
     cdef cnp.ndarray q = problem.query
     cdef cnp.ndarray k = problem.key
     cdef cnp.ndarray v = problem.value
@@ -450,7 +453,7 @@ def forward(problem):
     cdef cnp.ndarray cu_k = problem.cu_k
     cdef int n = cnp.PyArray_NDIM(q)
     cdef int i
-    memset(&p, 0, sizeof(p))
+    memset(p, 0, sizeof(p[0]))
     p.B = 1
     p.n_lead = n - 3
     for i in range(p.n_lead):
@@ -487,6 +490,19 @@ def forward(problem):
         p.bias_rows, p.bias_cols = integers(problem.bias_index[0]), integers(problem.bias_index[1])
     if problem.plan is not None:
         describe_tiles(&p.tiles, problem.plan, p.n_lead)
+    if problem.pages is not None:
+        describe_pages(p, problem.pages)
+    if cu_q is not None:
+        p.cu_q = integers(cu_q)
+        p.cu_k = integers(cu_k)
+        p.L = problem.L
+        p.S = problem.S
+
+
+def forward(problem):
+    """Fill problem.out and problem.lse (see checks.Problem)."""
+    cdef fastattn_problem p
+    describe_problem(&p, problem)
     if problem.reduce:
         p.reduce = problem.reduce
         p.k = problem.k
@@ -496,17 +512,35 @@ def forward(problem):
         describe(&p.result, problem.weights, 3, p.n_lead)
         if problem.indices is not None:
             describe(&p.indices, problem.indices, 3, p.n_lead)
-    if problem.pages is not None:
-        describe_pages(&p, problem.pages)
-    if cu_q is not None:
-        p.cu_q = integers(cu_q)
-        p.cu_k = integers(cu_k)
-        p.L = problem.L
-        p.S = problem.S
     # Pairs: the products read rows of words, and the scale's sign and size stay out of Q.
     if (kernel_pairs != NULL and p.query.kind == FASTATTN_BF16 and p.key.kind == FASTATTN_BF16
             and p.value.kind == FASTATTN_BF16 and p.D % 2 == 0 and 1e-30 < p.scale < 1e30 and not p.reduce):
         p.bits = 16
+    run(&p, 0 if problem.num_threads is None else problem.num_threads)
+
+
+def backward(problem):
+    """Fill the gradients of problem (see checks.Problem), whose arrays hold zeros."""
+    cdef fastattn_problem p
+    describe_problem(&p, problem)
+    p.reduce = FASTATTN_GRADIENT
+    p.serial = problem.serial
+    p.parts = problem.parts
+    describe(&p.grad_out, problem.grad_out, 3, p.n_lead)
+    if problem.grad_lse is not None:
+        describe(&p.grad_lse, problem.grad_lse, 2, p.n_lead)
+    describe(&p.grad_query, problem.grad_query, 3, p.n_lead)
+    describe(&p.grad_key, problem.grad_key, 3, p.n_lead)
+    describe(&p.grad_value, problem.grad_value, 3, p.n_lead)
+    describe(&p.delta, problem.delta, 2, p.n_lead)
+    if problem.row_grad is not None:
+        describe(&p.row_grad, problem.row_grad, 2, p.n_lead)
+    if problem.grad_index is not None:      # (parts, *lead, H, 1, n)
+        p.grad_rows, p.grad_cols = integers(problem.grad_index[0]), integers(problem.grad_index[1])
+        describe(&p.grad_bias, problem.grad_bias[0], 3, p.n_lead)
+        p.grad_bias.row = cnp.PyArray_STRIDE(problem.grad_bias, 0)//cnp.PyArray_ITEMSIZE(problem.grad_bias)
+    elif problem.grad_bias is not None:
+        describe(&p.grad_bias, problem.grad_bias, 3, p.n_lead)
     run(&p, 0 if problem.num_threads is None else problem.num_threads)
 
 

@@ -50,6 +50,7 @@ enum {
     FASTATTN_MAX,                   /* (B, H, chunks, S) their maximum; zeros before */
     FASTATTN_ENTROPY,               /* (B, H, L, 1) -sum p log p of each row, in nats; zeros before */
     FASTATTN_TOP_K,                 /* (B, H, L, k) the largest of each row, descending; zeros before, and indices -1 */
+    FASTATTN_GRADIENT,              /* the gradients, from grad_out and the saved out and lse; they hold zeros before */
 };
 
 typedef struct {
@@ -92,6 +93,16 @@ typedef struct {
     const int64_t *rows;            /* (L,) the row that each query is in positions and query_lengths; NULL: its index */
     fastattn_array result;          /* of the weights: see the enum; the last axis contiguous */
     fastattn_array indices;         /* (B, H, L, k) int64 */
+    fastattn_array grad_out;        /* (B, H, L, Dv), of out's kind */
+    fastattn_array grad_lse;        /* (B, H, L) real; optional */
+    fastattn_array grad_query, grad_key, grad_value;        /* real; col is 1 */
+    fastattn_array grad_bias;       /* (B, H, L, S) real, stride 0 where it is summed; optional */
+    const int64_t *grad_rows, *grad_cols;   /* (L,) and (S,): query i and key j add to element rows[i] + cols[j] of a head of
+                                             * grad_bias instead, of which each chunk of the keys has a part, `row` apart */
+    fastattn_array row_grad;        /* (B, H, L) sums over the keys of the logits' gradients; optional */
+    fastattn_array delta;           /* (B, H, L) sum of grad_out * out, less grad_lse */
+    int64_t parts;                  /* of the latter */
+    int32_t serial;                 /* grad_bias is a sum over key heads or batches */
     int64_t blocks, splits, together, batch_tasks, groups, record;  /* set by `tasks`: how the problem is cut, see tasks.pxi */
     void *state;                    /* what `state` asks for; its first groups * 8 bytes 0 */
     volatile int *stop;             /* set to nonzero to abandon the call; may be NULL */

@@ -49,6 +49,7 @@
 typedef float real;
 typedef int32_t real_int;
 #define REAL_MAX FLT_MAX
+#define REAL_HALF 0x1p64f     /* about its square root */
 #define V_MANTISSA 23
 #define V_EXP_BIAS 127
 #define V_EXP2_FLOOR -151.0f        /* 2^-151 rounds to zero, 2^-150 is the tie that does */
@@ -59,6 +60,7 @@ typedef int32_t real_int;
 typedef double real;
 typedef int64_t real_int;
 #define REAL_MAX DBL_MAX
+#define REAL_HALF 0x1p512
 #define V_MANTISSA 52
 #define V_EXP_BIAS 1023
 #define V_EXP2_FLOOR -1076.0
@@ -218,16 +220,18 @@ V_INLINE vf v_keep(vf a, uint64_t bits) {
     return (vf)((vi)a & v_lanes(bits));
 #endif
 }
-V_INLINE vf v_hide(vf a, uint64_t bits) {
+/* Lanes of a where their bit is set, of b elsewhere. */
+V_INLINE vf v_select(uint64_t bits, vf a, vf b) {
 #if FASTATTN_VECTOR == 64 && FASTATTN_BITS == 32
-    return (vf)_mm512_mask_mov_ps((__m512)v_set1(-INFINITY), (__mmask16)bits, (__m512)a);
+    return (vf)_mm512_mask_mov_ps((__m512)b, (__mmask16)bits, (__m512)a);
 #elif FASTATTN_VECTOR == 64
-    return (vf)_mm512_mask_mov_pd((__m512d)v_set1(-INFINITY), (__mmask8)bits, (__m512d)a);
+    return (vf)_mm512_mask_mov_pd((__m512d)b, (__mmask8)bits, (__m512d)a);
 #else
     vi m = v_lanes(bits);
-    return (vf)(((vi)a & m) | ((vi)v_set1(-INFINITY) & ~m));
+    return (vf)(((vi)a & m) | ((vi)b & ~m));
 #endif
 }
+V_INLINE vf v_hide(vf a, uint64_t bits) { return v_select(bits, a, v_set1(-INFINITY)); }
 
 /* a > b ? a : b: b where either is NaN, so the second argument is the one whose NaN survives. */
 V_INLINE vf v_max(vf a, vf b) {

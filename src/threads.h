@@ -11,15 +11,24 @@ static inline int fastattn_thread(void) { return 0; }
 static inline int fastattn_team(void) { return 1; }
 #endif
 
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+
 /* Tasks are handed out by one counter. OpenMP's own loop would do, but at its end the caller waits where it can't look for
  * signals, for as long as another thread's last task takes. */
 static inline int64_t fastattn_add(int64_t *counter, int64_t n) {
     return __atomic_fetch_add(counter, n, __ATOMIC_ACQ_REL);
 }
 
-#include <stdint.h>
-#include <string.h>
-#include <time.h>
+/* Between two looks at what another thread is about to do. */
+#ifdef __linux__
+#include <sched.h>
+static inline void fastattn_yield(void) { sched_yield(); }
+#else
+static inline void fastattn_yield(void) {}
+#endif
+
 static inline double fastattn_clock(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);

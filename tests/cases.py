@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 import fastattn as fa
-from fastattn import checks, reference
+from fastattn import checks, gradient, reference
 
 # --- tolerances: nothing here is tuned; a test that fails shows an error in the code or in the analysis ---
 
@@ -18,6 +18,9 @@ KEY_BLOCK = 96  # keys summed from zero before they join the running sum
 SPLIT = 2112  # keys of few rows that are summed apart and then merged
 FLOAT64_STANDARD = 5e-16  # float64 on the standard shapes: error relative to sum p|v|
 DIGITS = {"float16": (11, -14), "bfloat16": (8, -126)}  # bits of precision and exponent of the smallest normal number
+
+LANES = 64  # rows of a block, whose contributions to the gradient of a key are summed from zero
+SMALLEST = 2.0**-149  # what a weight may lose where it is denormal
 
 FEW, FEW_FLOAT64 = 40, 32  # the largest number of rows that go the way of few
 
@@ -142,6 +145,83 @@ def bound(query, key, value, **options):
             lse[head] = worst + sums + 4 * u * (abs(m) + abs(np.log(total)))
     shape = problem.returned.shape
     return Bound(out.reshape(shape), lse.reshape(shape[:-1]), magnitude.reshape(shape))
+
+
+def widened(*arrays, **options):
+    """The same numbers in float64."""
+    wide = {name: x.astype(np.float64) if name in ("bias", "sinks", "grad_lse") and isinstance(x, np.ndarray) else x
+            for name, x in options.items()}
+    return [x.astype(np.float64) for x in arrays], wide
+
+
+def exact_gradients(*saved, backward=reference.attention_backward, **options):
+    """The `fa.Gradients` of saved results by the reference, in float64 and not rounded."""
+    arrays, options = widened(*saved[:6], **options)
+    return backward(*arrays, *saved[6:], **options)
+
+
+def gradient_bound(*saved, packed=None, **options):
+    """How far each element of the gradients of query, key, value and of a bias that is an array may be from exact.
+
+    With the saved out and lse as they are, and the delta_k of `bound`, computed in arithmetic of roundoff u:
+
+        |p - exact|  <= p e_p                          e_p = delta_k + 3 u |lse| + (2 E + 2) u
+        |dz - exact| <= p (|grad_out| |v| + |delta|) (e_p + gamma_{Dv+4})
+        |ds - exact| <= that + |dz| (2 delta_k / softcap + 12 u)                              with a softcap
+
+    where |delta| is sum |grad_out| |out| + |grad_lse|. A sum of n such terms x adds n u sum |x|, where n is the depth
+    of the sum: LANES or KEY_BLOCK at once and a term for each block, every term of a bias' gradient. float64 counts
+    twice, for what it is compared with.
+    """
+    u = UNIT_ROUNDOFF[checks.compute_dtype(np.asarray(saved[1]).dtype)] * (2 if saved[1].dtype == np.float64 else 1)
+    arrays, options = widened(*saved, **options)
+    p = checks.gradient_problem(*arrays, packed=packed, **options)
+    for one in [p] if packed is None else p.sequences():
+        _add_gradient_bounds(one, u)
+    return gradient.gradients(p, *arrays[1:4], options.get("bias"), None)
+
+
+def _add_gradient_bounds(p, u):
+    L, S, D, Dv = p.L, p.S, p.query.shape[-1], p.value.shape[-1]
+    group = p.query.shape[-3] // max(1, p.key.shape[-3])
+    blocks_q, blocks_k = -(-L // LANES), -(-S // KEY_BLOCK)
+    terms = max(1, p.query.shape[-3] * int(np.prod(p.query.shape[:-3])) * (L + S))
+    for batch, head, kv_head in reference.heads(p):
+        with np.errstate(all="ignore"):
+            scores, visible = reference.logits(p, batch, head, kv_head, np.float64)
+            q, g, out = (abs(x[head]) for x in (p.query, p.grad_out, p.out))
+            k, v = (abs(x[kv_head]) for x in (p.key, p.value))
+            lse = p.lse[head][:, None]
+            weight = np.where(visible, np.exp(scores - lse), 0)
+            products = abs(p.scale) * (q @ k.T)
+            bias = 0 if p.bias is None else p.bias_of(head)
+            delta = (D + 2) * u * (products + abs(bias)) + u * abs(scores - lse)
+            if p.softcap:
+                delta += 4 * u * abs(scores - bias)
+            error_p = delta + 3 * u * abs(lse) + (2 * EXP_ULP + 2) * u
+            of_row = (g * out).sum(axis=1) + (0 if p.grad_lse is None else abs(p.grad_lse[head]))
+            dz = np.where(visible, weight * (g @ v.T + of_row[:, None]), 0)
+            error = np.where(visible, dz * (error_p + (Dv + 4) * u) + SMALLEST * (g @ v.T + of_row[:, None]), 0)
+            reference._add_bias_gradient(p, head, error + dz * terms * u)
+            if p.softcap:
+                error = error + np.where(visible, dz * (2 * delta / p.softcap + 12 * u), 0)
+            along = (LANES + blocks_q * group + 4) * u
+            # a denormal scale or result is rounded by up to SMALLEST
+            across = (KEY_BLOCK + blocks_k + 4) * u
+            p.grad_query[head] += (abs(p.scale) * (error + dz * across) + SMALLEST * dz) @ k + SMALLEST
+            p.grad_key[kv_head] += (abs(p.scale) * (error + dz * along) + SMALLEST * dz).T @ q + SMALLEST
+            p.grad_value[kv_head] += np.where(visible, weight * (error_p + along) + SMALLEST, 0).T @ g + SMALLEST
+
+
+def assert_gradients(actual, exact, bound, context):
+    """Fail unless the gradients of query, key, value and of a bias that is an array are within the bound."""
+    for name in ("query", "key", "value", "bias"):
+        part, right, allowed = (getattr(x, name) for x in (actual, exact, bound))
+        if part is None:
+            continue
+        if part.dtype.name in DIGITS:
+            allowed = allowed + ulp(abs(right) + allowed, part.dtype) / 2
+        assert_close(part, right, allowed, {**context, "gradient": name})
 
 
 def assert_close(actual, exact, bound, context):

@@ -21,6 +21,7 @@ cdef extern from "fastattn.h" nogil:
     enum: FASTATTN_MAX
     enum: FASTATTN_ENTROPY
     enum: FASTATTN_TOP_K
+    enum: FASTATTN_GRADIENT
     enum: FASTATTN_TILE_ROWS
     enum: FASTATTN_TILE_KEYS
     ctypedef struct fastattn_tiles:
@@ -58,6 +59,11 @@ cdef extern from "fastattn.h" nogil:
         int64_t k, chunks
         const int64_t* rows
         fastattn_array result, indices
+        fastattn_array grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias, row_grad, delta
+        const int64_t* grad_rows
+        const int64_t* grad_cols
+        int64_t parts
+        int32_t serial
         int64_t blocks, splits, together, batch_tasks, groups, record
         void* state
         int* stop

@@ -116,19 +116,24 @@ cdef inline bint finite_lanes(const real* m, int vectors) noexcept nogil:
     return not v_any_nan(x)
 
 
-cdef Py_ssize_t scores(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, real* S, Py_ssize_t n,
-                       bint whole) noexcept nogil:
-    # S = K Qt for n keys. A long D goes in parts: Qt of one part stays in the first-level cache, and a sum of DEPTH products
+cdef Py_ssize_t chain_n(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t D, real* C, Py_ssize_t n,
+                        bint whole, Ahead* later) noexcept nogil:
+    # C = A B for n rows. A long D goes in parts: B of one part stays in the first-level cache, and a sum of DEPTH products
     # from zero has the smaller error. Without `whole` the last part is left to the caller; returns how much of D is done.
-    cdef Py_ssize_t D = t.p.D//WORD
     cdef Py_ssize_t depth = D if D <= DEPTH_WHOLE else DEPTH
     cdef Py_ssize_t d = 0
     while D - d > depth:
-        product_n(vectors, k + d, k_row, t.Qt + d*LANES + first*VL, depth, S, n, ADD if d > 0 else STORE, 1, &t.later)
+        product_n(vectors, A + d, lda, B + d*LANES, depth, C, n, ADD if d > 0 else STORE, 1, later)
         d += depth
     if whole:
-        product_n(vectors, k + d, k_row, t.Qt + d*LANES + first*VL, D - d, S, n, ADD if d > 0 else STORE, 1, &t.later)
+        product_n(vectors, A + d, lda, B + d*LANES, D - d, C, n, ADD if d > 0 else STORE, 1, later)
     return d
+
+
+cdef Py_ssize_t scores(Task* t, int first, int vectors, const real* k, Py_ssize_t k_row, real* S, Py_ssize_t n,
+                       bint whole) noexcept nogil:
+    # S = K Qt for n keys, but for the last part of D without `whole`; returns how much of D is done.
+    return chain_n(vectors, k, k_row, t.Qt + first*VL, t.p.D//WORD, S, n, whole, &t.later)
 
 
 cdef void load_bias(Task* t, real* to, Py_ssize_t lane, int vectors, int64_t key, Py_ssize_t n) noexcept nogil:
@@ -325,7 +330,7 @@ cdef void find_operands(Task* t, int64_t block, Py_ssize_t n, bint cut, Operands
         of.k = t.packed_k if of.packs_k else <const real*>t.k + block*of.k_row
         of.v_row = p.Dv if of.packs_v else p.value.row
         of.v = t.packed_v if of.packs_v else <const real*>t.v + block*of.v_row
-    of.packs_v = of.packs_v and not t.second
+    of.packs_v = of.packs_v and (not t.second or p.reduce == FASTATTN_GRADIENT)
     of.in_turn = t.packed_k == t.packed_v and of.packs_k and of.packs_v
     if of.in_turn:
         return
@@ -364,7 +369,9 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
         parts.n = 1
         parts.begin[0] = 0
         parts.end[0] = n
-        if t.second:
+        if p.reduce == FASTATTN_GRADIENT:
+            gradient_segment(t, 0, t.vectors, of, block, n, &parts, False)
+        elif t.second:
             weighed_segment(t, 0, t.vectors, of, block, &parts, False)
         else:
             segment(t, 0, t.vectors, of, block, n, &parts, False)
@@ -395,7 +402,9 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
             g += 1
         if seen != 0:
             parts_of(fill_gaps(seen), n, &parts)
-            if t.second:
+            if p.reduce == FASTATTN_GRADIENT:
+                gradient_segment(t, first, g - first, of, block, n, &parts, True)
+            elif t.second:
                 weighed_segment(t, first, g - first, of, block, &parts, True)
             else:
                 segment(t, first, g - first, of, block, n, &parts, True)

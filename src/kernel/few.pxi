@@ -214,8 +214,8 @@ cdef inline bint stays_packed(const Task* t, const Operands* of, bint masked) no
 
 
 cdef inline bint weaves(const Task* t, const Operands* of, bint masked) noexcept nogil:
-    # Whether the values of a block wait until the keys of the next one are read: one large tile, and rows that are long in bytes.
-    # Else the long runs through memory are worth more.
+    # Whether the values of a block wait until the keys of the next one are read: one large tile, and rows that are long in
+    # bytes. Else the long runs through memory are worth more.
     return (stays_packed(t, of, masked) and ld_of(rows_of_tile(t.n_queries)) > 4 and t.n_queries <= SUMS//2
             and not of.packs_k and not of.packs_v and of.keys.kind == FASTATTN_REAL and of.values.kind == FASTATTN_REAL)
 

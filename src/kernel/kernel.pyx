@@ -28,6 +28,7 @@ include "abi.pxi"
 
 cdef extern from "threads.h" nogil:
     int64_t fastattn_add(int64_t*, int64_t)
+    void fastattn_yield()
 
 cdef extern from *:
     # Keys of a block: P (96 x 256 bytes) and the block of V share a 48 KiB first-level cache at D = 64, and a sum of 96
@@ -53,6 +54,7 @@ include "few.pxi"
 include "block.pxi"
 include "tasks.pxi"
 include "weights.pxi"
+include "gradient.pxi"
 include "store.pxi"
 
 
@@ -207,6 +209,9 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
     cdef Place place
     cdef int n = 0
     cdef int i
+    if p.reduce == FASTATTN_GRADIENT:
+        run_gradient(p, task, caller, memory)
+        return
     if p.reduce != FASTATTN_OUTPUT:
         run_weights(p, task, caller, memory)
         return

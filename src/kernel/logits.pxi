@@ -109,6 +109,15 @@ cdef void bias_pass(real* S, int vectors, Py_ssize_t n, real scale, const real* 
             v_store(S + j*LANES + g*VL, biased(v_load(S + j*LANES + g*VL), v_set1(scale), v_load(bias + j*LANES + g*VL)))
 
 
+cdef void scale_pass(real* S, const real* factor, int vectors, Py_ssize_t n) noexcept nogil:
+    # S = S factor, both tiles
+    cdef Py_ssize_t j
+    cdef int g
+    for j in range(n):
+        for g in range(vectors):
+            v_store(S + j*LANES + g*VL, v_mul(v_load(S + j*LANES + g*VL), v_load(factor + j*LANES + g*VL)))
+
+
 cdef void hide_pass(real* S, int vectors, Py_ssize_t n, const uint64_t* seen, int shift) noexcept nogil:
     # -inf where a lane does not see the key. A selection, never a sum: NaN in a masked score must vanish.
     cdef Py_ssize_t j

@@ -27,7 +27,7 @@ cdef extern from "simd.h" nogil:
         ROWS_2
         ROWS_3
         ROWS_4
-    const real REAL_MAX
+    const real REAL_MAX, REAL_HALF
     int bits_count(uint64_t)
     int bits_first(uint64_t)
     void v_fetch_soon(const char*, Py_ssize_t)
@@ -59,6 +59,7 @@ cdef extern from "simd.h" nogil:
     vf v_where_lt(vf, vf, vf, vf)
     vf v_keep(vf, uint64_t)
     vf v_hide(vf, uint64_t)
+    vf v_select(uint64_t, vf, vf)
     bint v_any_nan(vf)
     bint v_any_above(vf, real)
     uint64_t v_above_bits(vf, vf)

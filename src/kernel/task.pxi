@@ -3,6 +3,9 @@
 cdef struct Late
 
 
+cdef struct Back
+
+
 cdef struct Place:                  # which rows of which heads, and of few rows which keys
     int64_t b, h, q_begin, q_end
     int64_t heads                   # from h on, all of one key head
@@ -74,6 +77,7 @@ cdef struct Task:
     int64_t* k_at                   # [2][ROOM + 1] bytes to the rows of a block and to those behind; whose they are
     int64_t* v_at
     Late* late
+    Back* back                      # of gradients
 
 
 cdef inline int64_t lead_offset(const fastattn_problem* p, const int64_t* strides, int64_t b) noexcept nogil:

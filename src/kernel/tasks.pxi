@@ -68,6 +68,8 @@ cdef int64_t tasks(fastattn_problem* p, int64_t threads) noexcept nogil:
     cdef int64_t last = p.B if p.cu_q != NULL or p.query_lengths != NULL or p.kv_lengths != NULL else min(p.B, <int64_t>1)
     p.blocks = p.splits = p.groups = p.record = 0
     p.together = 1
+    if p.reduce == FASTATTN_GRADIENT:
+        return gradient_tasks(p, threads)
     if p.reduce != FASTATTN_OUTPUT:
         p.batch_tasks = p.H*p.chunks
         return p.B*p.batch_tasks
@@ -203,7 +205,7 @@ cdef size_t lay_out(Task* t, const fastattn_problem* p, int64_t one, char* memor
     t.packed_k = at
     if not (p.key.col != 1 or p.key.kind != FASTATTN_REAL or p.pages != NULL or (WORD == 2 and p.key.row % 2 != 0)):
         at += aligned(BLOCK*p.Dv)
-    elif BLOCK*(p.D + p.Dv)*<Py_ssize_t>sizeof(real) > PACKED_BYTES:
+    elif BLOCK*(p.D + p.Dv)*<Py_ssize_t>sizeof(real) > PACKED_BYTES and p.reduce != FASTATTN_GRADIENT:
         at += aligned(BLOCK*max(p.D, p.Dv))     # in turn, see Operands
     else:
         t.packed_k += aligned(BLOCK*p.Dv)
@@ -229,7 +231,11 @@ cdef size_t lay_out(Task* t, const fastattn_problem* p, int64_t one, char* memor
 
 cdef size_t scratch(const fastattn_problem* p) noexcept nogil:
     cdef Task t
-    return lay_out(&t, p, 0, NULL)
+    cdef Back back
+    cdef size_t size = lay_out(&t, p, 0, NULL)
+    if p.reduce == FASTATTN_GRADIENT:
+        size = (size + 63)//64*64 + lay_out_back(&back, p, NULL)
+    return size
 
 
 cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, int64_t one, void* memory) noexcept nogil:
@@ -317,6 +323,9 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, int64_
             sign *= 4
         else:
             kappa *= 4
+        if p.reduce == FASTATTN_GRADIENT and kappa*REAL_HALF < 1:       # lse in units of S must not overflow
+            kappa *= REAL_HALF
+            sign /= REAL_HALF
         if <real>kappa == 0:
             kappa = 1
             sign = 0

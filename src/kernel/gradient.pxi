@@ -1,0 +1,444 @@
+# The gradients, with the weights of each block of keys recomputed from the saved log-sum-exp: nothing of L x S is stored.
+#
+#     P  = 2^((S - base) κ)        base = lse in units of S; as in the forward pass                          [keys][lanes]
+#     dP = V dOt                   product N                                                                  [keys][lanes]
+#     dZ = P (dP - delta)          delta = sum_d out dO - grad_lse, of each lane; dZ is the bias' gradient
+#     dS = dZ (1 - (y / cap)^2)    where a softcap made y of the scores
+#
+#     dV += P dO     dK += dS Q    product N, its lanes over Dv and D, rows of queries packed [LANES][Dv'], [LANES][D']
+#     dQt += Kt dS                 product T; scale joins when dK and dQ are written
+#
+# A task is a chunk of the keys of one key head, whose dK and dV no other task touches: it goes through the blocks of queries
+# of all heads that read them. dQ of a block of queries runs through the chunks: each goes on where the one before has left it,
+# in its turn. So every sum has one order, that of the queries and of the keys, however many chunks or threads there are.
+#
+# `careful`: 0 · NaN must not reach a sum. Where not all lanes see all keys and an operand is not finite, the three sums leave
+# out what is not seen, one lane after the other, in the order of the products.
+
+cdef enum:
+    CHUNK_KEYS = 11*96      # dK and dV of a chunk stay in the second-level cache
+
+
+cdef struct Back:
+    int64_t chunk, first, end       # of keys
+    real* Gt                        # [Dv][LANES] grad_out, transposed
+    real* dS                        # [BLOCK][LANES]
+    real* slope                     # [BLOCK][LANES] 1 - (y / cap)^2
+    real* dQt                       # [D][LANES]
+    real* Q                         # [LANES][D'] the block's queries, rows of whole vectors
+    real* G                         # [LANES][Dv'] grad_out
+    real* delta
+    real* ones
+    real* row_sums                  # of dZ
+    real* dK                        # [keys of the chunk][D']
+    real* dV                        # [keys of the chunk][Dv']
+    bint finite                     # Q and G are
+
+
+cdef inline int64_t query_blocks(const fastattn_problem* p, int64_t b) noexcept nogil:
+    return (rows_of_batch(p.cu_q, b, p.L) + LANES - 1)//LANES
+
+
+cdef inline int64_t key_blocks(const fastattn_problem* p) noexcept nogil:
+    return (p.S + BLOCK - 1)//BLOCK
+
+
+cdef inline int64_t chunk_of(const fastattn_problem* p, int64_t key) noexcept nogil:
+    return ((key//BLOCK + 1)*p.chunks - 1)//key_blocks(p)
+
+
+cdef inline int64_t chunk_begin(const fastattn_problem* p, int64_t chunk) noexcept nogil:
+    return key_blocks(p)*chunk//p.chunks*BLOCK
+
+
+cdef int64_t gradient_tasks(fastattn_problem* p, int64_t threads) noexcept nogil:
+    # As many chunks as keep all threads busy to the end; `serial`: all key heads in one task, for a sum over them.
+    cdef int64_t tasks = 1 if p.serial else p.B*p.Hkv
+    cdef int64_t most = key_blocks(p)
+    cdef int64_t wanted = (most*BLOCK + CHUNK_KEYS - 1)//CHUNK_KEYS
+    if p.grad_rows != NULL:
+        wanted = p.parts
+    elif threads > 1 and tasks < 4*threads:
+        wanted = (max(wanted, (4*threads + tasks - 1)//tasks) + threads - 1)//threads*threads
+    p.chunks = max(<int64_t>1, min(wanted, most))
+    p.groups = p.B*p.H*((p.L + LANES - 1)//LANES)       # turns
+    p.batch_tasks = tasks
+    return 0 if p.groups*p.S == 0 else tasks*p.chunks
+
+
+cdef size_t lay_out_back(Back* back, const fastattn_problem* p, char* memory) noexcept nogil:
+    cdef real* at = <real*>memory
+    cdef Py_ssize_t rows = 0
+    cdef int64_t chunk
+    for chunk in range(p.chunks):
+        rows = max(rows, chunk_begin(p, chunk + 1) - chunk_begin(p, chunk))
+    back.Gt = at
+    back.dS = back.Gt + aligned(p.Dv*LANES)
+    back.slope = back.dS + BLOCK*LANES
+    back.dQt = back.slope + (BLOCK*LANES if p.softcap > 0 else 0)
+    back.Q = back.dQt + aligned(p.D*LANES)
+    back.G = back.Q + LANES*whole(p.D)
+    back.delta = back.G + LANES*whole(p.Dv)
+    back.ones = back.delta + LANES
+    back.row_sums = back.ones + LANES
+    back.dK = back.row_sums + LANES
+    back.dV = back.dK + rows*whole(p.D)
+    return <char*>(back.dV + rows*whole(p.Dv)) - memory
+
+
+# --- one block of keys -----------------------------------------------------------------------------------------------
+
+cdef void score_gradients(real* P, real* dS, int vectors, Py_ssize_t n, const real* delta, const uint64_t* seen,
+                          int shift) noexcept nogil:
+    # dS = P (dS - delta), 0 where a lane does not see the key; seen may be NULL
+    cdef Py_ssize_t j
+    cdef int g
+    cdef vf x
+    for j in range(n):
+        for g in range(vectors):
+            x = v_mul(v_load(P + g*VL), v_sub(v_load(dS + g*VL), v_load(delta + g*VL)))
+            v_store(dS + g*VL, v_keep(x, seen[j] >> (shift + g*VL)) if seen != NULL else x)
+        P += LANES
+        dS += LANES
+
+
+cdef void softcap_slope(const real* S, real* slope, int vectors, Py_ssize_t n, real cap) noexcept nogil:
+    # of capped scores y: 1 - (y / cap)^2 = (1 - y / cap) (1 + y / cap)
+    cdef vf inner = v_set1(1/cap)
+    cdef vf one = v_set1(1)
+    cdef vf x
+    cdef Py_ssize_t j
+    cdef int g
+    for j in range(n):
+        for g in range(vectors):
+            x = v_mul(v_load(S + j*LANES + g*VL), inner)
+            v_store(slope + j*LANES + g*VL, v_mul(v_sub(one, x), v_add(one, x)))
+
+
+cdef void add_diagonals(Task* t, Py_ssize_t lane, Py_ssize_t last, int64_t key, Py_ssize_t n, const real* dZ) noexcept nogil:
+    # of a bias that positions make: a part for each chunk
+    cdef const fastattn_problem* p = t.p
+    cdef real* to = <real*>p.grad_bias.data + t.back.chunk*p.grad_bias.row + offset(p, &p.grad_bias, t.b, t.h, NULL)
+    cdef Py_ssize_t i, j
+    for j in range(n):
+        for i in range(lane, last):
+            to[p.grad_rows[t.q_begin + i] + p.grad_cols[key + j]] += dZ[j*LANES + i - lane]
+
+
+cdef void add_bias_gradient(Task* t, int first, int vectors, int64_t key, Py_ssize_t n, const real* dZ) noexcept nogil:
+    # grad_bias += dZ, transposed, for n keys; what is one number for all keys goes to row_sums.
+    cdef const fastattn_problem* p = t.p
+    cdef const fastattn_array* a = &p.grad_bias
+    cdef Py_ssize_t lane = first*VL
+    cdef Py_ssize_t last = min(lane + <Py_ssize_t>vectors*VL, t.n_queries)
+    cdef uint64_t valid
+    cdef v_square square
+    cdef real* to
+    cdef real* row
+    cdef vf x
+    cdef Py_ssize_t i, j, m
+    cdef int g
+    if p.row_grad.data != NULL:
+        for g in range(vectors):
+            x = v_zero()
+            for j in range(n):
+                x = v_add(x, v_load(dZ + j*LANES + g*VL))
+            v_store(t.back.row_sums + lane + g*VL, v_add(v_load(t.back.row_sums + lane + g*VL), x))
+    if a.data == NULL:
+        return
+    if p.grad_rows != NULL:
+        add_diagonals(t, lane, last, key, n, dZ)
+        return
+    to = <real*>a.data + offset(p, a, t.b, t.h, NULL) + key*a.col
+    valid = ~<uint64_t>0 >> (64 - (last - lane))
+    j = 0
+    while j < n:
+        m = min(<Py_ssize_t>VL, n - j)
+        if a.row == 0:              # one number for all queries: lanes past the last one are left out
+            for i in range(VL):
+                square.row[i] = v_zero()
+            for i in range(m):
+                for g in range(vectors):
+                    square.row[i] = v_add(square.row[i], v_keep(v_load(dZ + (j + i)*LANES + g*VL), valid >> g*VL))
+            v_transpose(&square)
+            x = v_load_part(to + j, m)
+            for i in range(VL):
+                x = v_add(x, square.row[i])
+            v_store_part(to + j, x, m)
+        else:
+            for g in range(vectors):
+                for i in range(VL):
+                    square.row[i] = v_load(dZ + (j + i)*LANES + g*VL) if i < m else v_zero()
+                v_transpose(&square)
+                for i in range(min(<Py_ssize_t>VL, last - lane - g*VL)):
+                    row = to + lane_at(t, a, lane + g*VL + i) + j
+                    v_store_part(row, v_add(v_load_part(row, m), square.row[i]), m)
+        j += VL
+
+
+cdef void sum_seen_rows(const real* A, const uint64_t* words, Py_ssize_t lane, Py_ssize_t n, const real* B, Py_ssize_t ldb,
+                        Py_ssize_t m, real* C, Py_ssize_t columns) noexcept nogil:
+    # C[j] += sum of A[j, i] B[i] over the lanes i < n that see key j: as product_rows, but careful
+    cdef Py_ssize_t i, j, d
+    cdef vf acc
+    for j in range(m):
+        d = 0
+        while d < columns:
+            acc = v_zero()
+            for i in range(n):
+                if words[j] >> (lane + i) & 1:
+                    acc = v_fma(v_set1(A[j*LANES + i]), v_load(B + i*ldb + d), acc)
+            v_store(C + j*ldb + d, v_add(v_load(C + j*ldb + d), acc))
+            d += VL
+
+
+cdef void sum_seen_keys(const real* A, Py_ssize_t lda, const real* B, const uint64_t* words, int shift, int vectors,
+                        const Parts* parts, real* C, Py_ssize_t m) noexcept nogil:
+    # C[d] += sum of A[j, d] B[j] over the keys j that each lane sees: as product_t, but careful
+    cdef Py_ssize_t j, d
+    cdef int g, part
+    cdef vf acc, x
+    for d in range(m):
+        for g in range(vectors):
+            acc = v_zero()
+            for part in range(parts.n):
+                for j in range(parts.begin[part], parts.end[part]):
+                    x = v_fma(v_set1(A[j*lda + d]), v_load(B + j*LANES + g*VL), acc)
+                    acc = v_select(words[j] >> (shift + g*VL), x, acc)
+            v_store(C + d*LANES + g*VL, v_add(v_load(C + d*LANES + g*VL), acc))
+
+
+cdef void visible(Task* t, int64_t block, Py_ssize_t n, bint masked, uint64_t* words) noexcept nogil:
+    # the lanes that see each key of a block, bias included
+    cdef Py_ssize_t i, j
+    for j in range(n):
+        words[j] = t.seen[j] if masked else t.lanes
+        if t.bias != NULL:
+            for i in range(t.n_queries):
+                if words[j] >> i & 1 and biased_away(t, i, block + j):
+                    words[j] &= ~(<uint64_t>1 << i)
+
+
+cdef void capped_weights(Task* t, int first, int vectors, const Operands* of, int64_t block, Py_ssize_t begin, Py_ssize_t n,
+                         bint masked) noexcept nogil:
+    # P where a softcap is between scores and logits, and its slope
+    cdef Py_ssize_t lane = first*VL
+    cdef real* S = t.S + begin*LANES + lane
+    scores(t, first, vectors, of.k + begin*of.k_row, of.k_row, S, n, True)
+    softcap_pass(S, vectors, n, <real>t.p.scale, <real>t.p.softcap)
+    softcap_slope(S, t.back.slope + begin*LANES + lane, vectors, n, <real>t.p.softcap)
+    if t.bias != NULL:
+        load_bias(t, t.bias_tile, lane, vectors, block + begin, n)
+        bias_pass(S, vectors, n, 1, t.bias_tile)
+    if masked:
+        hide_pass(S, vectors, n, t.seen + begin, lane)
+    weigh_rows(vectors, S, n, t.kappa, t.base + lane, t.total + lane, begin, False)
+
+
+cdef void gradient_segment(Task* t, int first, int vectors, const Operands* of, int64_t block, Py_ssize_t n,
+                           const Parts* parts, bint masked) noexcept nogil:
+    # As `segment`.
+    cdef const fastattn_problem* p = t.p
+    cdef Back* back = t.back
+    cdef Py_ssize_t lane = first*VL
+    cdef Py_ssize_t n_lanes = min(<Py_ssize_t>vectors*VL, t.n_queries - lane)
+    cdef Py_ssize_t ldk = whole(p.D)
+    cdef Py_ssize_t ldv = whole(p.Dv)
+    cdef uint64_t words[BLOCK]
+    cdef const uint64_t* seen = t.seen if masked else NULL
+    cdef bint careful = ((masked or t.bias != NULL)
+                         and not (back.finite and all_finite(of.k, of.k_row, n, p.D) and all_finite(of.v, of.v_row, n, p.Dv)))
+    cdef Py_ssize_t begin, m, at
+    cdef real* P
+    cdef real* dS
+    cdef int part
+    if careful:
+        visible(t, block, n, masked, words)
+        seen = words
+    for part in range(parts.n):
+        begin = parts.begin[part]
+        m = parts.end[part] - begin
+        at = block + begin - back.first
+        P = t.S + begin*LANES + lane
+        dS = back.dS + begin*LANES + lane
+        if p.softcap > 0:
+            capped_weights(t, first, vectors, of, block, begin, m, masked)
+        else:
+            weights(t, first, vectors, of, block, begin, m, masked)
+        chain_n(vectors, of.v + begin*of.v_row, of.v_row, back.Gt + lane, p.Dv, dS, m, True, &t.later)
+        score_gradients(P, dS, vectors, m, back.delta + lane, seen + begin if seen != NULL else NULL, lane)
+        if p.grad_bias.data != NULL or p.row_grad.data != NULL:
+            add_bias_gradient(t, first, vectors, block + begin, m, dS)
+        if p.softcap > 0:
+            scale_pass(dS, back.slope + begin*LANES + lane, vectors, m)
+        if careful:
+            sum_seen_rows(P, words + begin, lane, n_lanes, back.G + lane*ldv, ldv, m, back.dV + at*ldv, ldv)
+            sum_seen_rows(dS, words + begin, lane, n_lanes, back.Q + lane*ldk, ldk, m, back.dK + at*ldk, ldk)
+        else:
+            product_rows(P, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, &t.later)
+            product_rows(dS, n_lanes, back.Q + lane*ldk, ldk, back.dK + at*ldk, m, &t.later)
+    if careful:
+        sum_seen_keys(of.k, of.k_row, back.dS + lane, words, lane, vectors, parts, back.dQt + lane, p.D)
+    else:
+        product_t(vectors, of.k, of.k_row, back.dS + lane, parts, back.dQt + lane, p.D, back.ones + lane)
+
+
+# --- one block of queries against a chunk, and a task ----------------------------------------------------------------
+
+cdef void pack_lines(const Task* t, const char* a, const fastattn_array* array, Py_ssize_t n, real* to) noexcept nogil:
+    # rows of the block's queries as reals, one behind the other, each of whole vectors
+    cdef Py_ssize_t i, d
+    for i in range(t.n_queries):
+        d = 0
+        while d < n:
+            v_store(to, load_row(a, (t.q_begin + i)*array.row + d*array.col, array.col, n - d, array.kind))
+            to += VL
+            d += VL
+
+
+cdef real inner_product(const real* x, const char* y, Py_ssize_t at, Py_ssize_t col, Py_ssize_t n, int kind) noexcept nogil:
+    cdef real lanes[VL]
+    cdef vf acc = v_zero()
+    cdef Py_ssize_t d = 0
+    cdef int i = VL//2
+    while d < n:
+        acc = v_fma(v_load(x + d), load_row(y, at + d*col, col, n - d, kind), acc)
+        d += VL
+    v_store(lanes, acc)
+    while i > 0:
+        for d in range(i):
+            lanes[d] += lanes[d + i]
+        i //= 2
+    return lanes[0]
+
+
+cdef void rows_before(Task* t, bint begins) noexcept nogil:
+    # What the products take of the block's queries, and what each row brings to its scores. begins: this is the first chunk.
+    cdef const fastattn_problem* p = t.p
+    cdef Back* back = t.back
+    cdef Py_ssize_t i
+    cdef const char* q = base_of(p, &p.query, t.b, t.h, p.cu_q, False)
+    cdef const char* g = base_of(p, &p.grad_out, t.b, t.h, p.cu_q, False)
+    cdef const char* out = base_of(p, &p.out, t.b, t.h, p.cu_q, False)
+    cdef const real* lse = <const real*>base_of(p, &p.lse, t.b, t.h, p.cu_q, False)
+    cdef const real* grad_lse = NULL
+    cdef real* delta = <real*>base_of(p, &p.delta, t.b, t.h, p.cu_q, False)
+    cdef double unit = 1/(<double>t.kappa*0.69314718055994530942)
+    cdef double x
+    if p.grad_lse.data != NULL:
+        grad_lse = <const real*>base_of(p, &p.grad_lse, t.b, t.h, p.cu_q, False)
+    pack_lines(t, q, &p.query, p.D, back.Q)
+    pack_lines(t, g, &p.grad_out, p.Dv, back.G)
+    pack_queries(g + t.q_begin*p.grad_out.row*v_size(p.grad_out.kind), p.grad_out.row, p.grad_out.col, p.grad_out.kind,
+                 t.n_queries, t.vectors, p.Dv, 1, back.Gt)
+    back.finite = (all_finite(back.Q, whole(p.D), t.n_queries, p.D)
+                   and all_finite(back.G, whole(p.Dv), t.n_queries, p.Dv))
+    for i in range(t.n_queries):
+        x = inner_product(back.G + i*whole(p.Dv), out, (t.q_begin + i)*p.out.row, p.out.col, p.Dv, p.out.kind)
+        if grad_lse != NULL:
+            x -= grad_lse[(t.q_begin + i)*p.grad_lse.row]
+        back.delta[i] = <real>x
+        if begins:
+            delta[(t.q_begin + i)*p.delta.row] = <real>x
+        x = lse[(t.q_begin + i)*p.lse.row]
+        t.base[i] = <real>(x*unit) if x != -INFINITY else 0
+    for i in range(t.n_queries, t.vectors*VL):
+        back.delta[i] = 0
+        t.base[i] = 0
+    for i in range(LANES):
+        back.ones[i] = 1
+
+
+cdef bint block_gradients(Task* t, const fastattn_problem* p, const Place* place, bint caller, void* memory) noexcept nogil:
+    # One block of queries; False if the call was abandoned.
+    cdef Back* back = t.back
+    cdef int64_t begins, ends
+    cdef int64_t* turn = <int64_t*>p.state + (place.b*p.H + place.h)*((p.L + LANES - 1)//LANES) + place.q_begin//LANES
+    cdef real* dQ
+    cdef real* sums = NULL
+    cdef Py_ssize_t i
+    if not prepare(t, p, place, 0, memory) or t.k_begin >= t.k_end:
+        return True
+    begins = chunk_of(p, t.k_begin)
+    ends = chunk_of(p, t.k_end - 1)
+    if not begins <= back.chunk <= ends:
+        return True
+    t.back = back
+    t.second = True
+    t.cold = False
+    t.later.at = 0
+    t.later.n_next = 0
+    t.begin = max(t.k_begin, back.first)
+    t.end = min(t.k_end, back.end)
+    rows_before(t, begins == back.chunk)
+    dQ = <real*>base_of(p, &p.grad_query, t.b, t.h, p.cu_q, False) + t.q_begin*p.grad_query.row
+    if p.row_grad.data != NULL:
+        sums = <real*>base_of(p, &p.row_grad, t.b, t.h, p.cu_q, False) + t.q_begin*p.row_grad.row
+    while fastattn_add(turn, 0) != back.chunk - begins:
+        if p.stop != NULL and p.stop[0]:
+            return False
+        fastattn_yield()
+    if begins == back.chunk:
+        memset(back.dQt, 0, p.D*LANES*sizeof(real))
+    else:
+        pack_queries(dQ, p.grad_query.row, 1, FASTATTN_REAL, t.n_queries, t.vectors, p.D, 1, back.dQt)
+    if sums != NULL:
+        for i in range(LANES):
+            back.row_sums[i] = sums[i*p.row_grad.row] if i < t.n_queries else 0
+    if not walk(t, 1, caller):
+        return False
+    for i in range(LANES):
+        t.c[i] = <real>p.scale if back.chunk == ends else 1
+    write_out(back.dQt, t.c, t.n_queries, t.vectors, p.D, dQ, p.grad_query.row, 1, FASTATTN_REAL)
+    if sums != NULL:
+        for i in range(t.n_queries):
+            sums[i*p.row_grad.row] = back.row_sums[i]
+    fastattn_add(turn, 1)
+    return True
+
+
+cdef void write_rows(const real* a, Py_ssize_t lda, real scale, Py_ssize_t n, Py_ssize_t columns, real* to,
+                     Py_ssize_t row) noexcept nogil:
+    cdef Py_ssize_t j, d
+    for j in range(n):
+        d = 0
+        while d < columns:
+            v_store_part(to + j*row + d, v_mul(v_load(a + j*lda + d), v_set1(scale)), columns - d)
+            d += VL
+
+
+cdef void run_gradient(const fastattn_problem* p, int64_t task, bint caller, void* memory) noexcept nogil:
+    cdef Task* t = <Task*>memory
+    cdef Back back
+    cdef Place place
+    cdef int64_t first = 0 if p.serial else task % p.batch_tasks
+    cdef int64_t last = p.B*p.Hkv if p.serial else first + 1
+    cdef int64_t group = p.H//p.Hkv
+    cdef int64_t one, h_kv, q_block
+    cdef Py_ssize_t n
+    back.chunk = task//p.batch_tasks
+    back.first = chunk_begin(p, back.chunk)
+    back.end = chunk_begin(p, back.chunk + 1)
+    lay_out_back(&back, p, <char*>memory + (lay_out(t, p, 0, <char*>memory) + 63)//64*64)
+    t.back = &back
+    place.few = False
+    place.heads = 1
+    for one in range(first, last):
+        place.b = one//p.Hkv
+        h_kv = one % p.Hkv
+        n = min(back.end, rows_of_batch(p.cu_k, place.b, p.S)) - back.first
+        if n <= 0:
+            continue
+        memset(back.dK, 0, n*whole(p.D)*sizeof(real))
+        memset(back.dV, 0, n*whole(p.Dv)*sizeof(real))
+        for place.h in range(h_kv*group, (h_kv + 1)*group):
+            for q_block in range(query_blocks(p, place.b)):
+                place.q_begin = q_block*LANES
+                place.q_end = min(rows_of_batch(p.cu_q, place.b, p.L), place.q_begin + LANES)
+                if not block_gradients(t, p, &place, caller, memory):
+                    return
+        write_rows(back.dK, whole(p.D), <real>p.scale, n, p.D,
+                   <real*>base_of(p, &p.grad_key, place.b, h_kv, p.cu_k, False) + back.first*p.grad_key.row, p.grad_key.row)
+        write_rows(back.dV, whole(p.Dv), 1, n, p.Dv,
+                   <real*>base_of(p, &p.grad_value, place.b, h_kv, p.cu_k, False) + back.first*p.grad_value.row,
+                   p.grad_value.row)
