@@ -57,7 +57,7 @@ class Problem:
     indices         None, or int64 (*lead, H, L, k)
     bias_offset     of a bias object: None or int64 (B,)
     grad_out, grad_lse                      of a backward pass: as out and lse, the latter or None
-    grad_query, grad_key, grad_value        as query, key and value, zeros to be filled, in the dtype of the sums
+    grad_query, grad_key, grad_value        as query, key and value, to be filled, in the dtype of the sums
     delta           (*lead, H, L), minus grad_lse, to be filled for the rows that see a key: sum of grad_out * out, less
                     grad_lse
     grad_bias       None, or zeros to be filled: (*lead, H, L, S) with stride 0 where it is a sum
@@ -311,20 +311,21 @@ def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bi
     p.lse = given("lse", lse, shape[:-1], inside)
     p.grad_lse = None if grad_lse is None else given("grad_lse", grad_lse, shape[:-1], inside)
 
-    def zeros(H, n, *columns):
-        return np.zeros((n, H, *columns) if packed else (n, *columns) if flat else lead + (H, n, *columns), inside)
+    def new(make, H, n, *columns):
+        return make((n, H, *columns) if packed else (n, *columns) if flat else lead + (H, n, *columns), inside)
 
     # Arguments that were broadcast have the sum over the batches, which `gradients` takes.
-    sums = {"query": zeros(H, rows, D), "key": zeros(Hkv, keys, D), "value": zeros(Hkv, keys, Dv)}
+    nothing = 0 in (*lead, H, p.L, p.S)
+    empty = np.zeros if nothing else aligned_empty
+    sums = {"query": new(empty, H, rows, D), "key": new(empty, Hkv, keys, D), "value": new(empty, Hkv, keys, Dv)}
     p.grad_query, p.grad_key, p.grad_value = map(as_problem, sums.values())
     sums["lse"] = lse if isinstance(lse, np.ndarray) else _array("lse", lse)
-    sums["delta"] = zeros(H, rows) if grad_lse is None else np.negative(grad_lse, dtype=inside)
+    sums["delta"] = new(np.zeros, H, rows) if grad_lse is None else np.negative(grad_lse, dtype=inside)
     p.delta = as_problem(sums["delta"])
     p.grad_bias = p.grad_index = p.row_grad = None
     p.parts, p.serial = 0, False
     if isinstance(bias, Bias):
-        some = p.query.size * p.S > 0 or (D == 0 and p.query.shape[-2] * H * p.S * math.prod(lead) > 0)
-        batches, offset = (lead, p.bias_offset) if some else ((1,) * len(lead), None)
+        batches, offset = ((1,) * len(lead), None) if nothing else (lead, p.bias_offset)
         p.grad_index, own, n, sums["distance"] = bias.diagonals(batches, p.L, p.S, offset)
         p.grad_index = tuple(np.ascontiguousarray(index, np.int64) for index in p.grad_index)
         blocks = -(-p.S // masks.KEYS)
@@ -336,7 +337,7 @@ def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bi
         full = lead + (H, p.L, p.S)
         own = (1,) * (len(full) - np.ndim(bias)) + np.shape(bias)
         if own[-1] == 1 and p.S != 1:
-            sums["rows"] = zeros(H, rows)
+            sums["rows"] = new(np.zeros, H, rows)
             p.row_grad = as_problem(sums["rows"])
         else:
             sums["bias"] = np.zeros(own, inside)

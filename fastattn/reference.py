@@ -199,6 +199,8 @@ def _backward(packed, grad_out, query, key, value, out, lse, *, bias, sinks, **o
 
 def backward(problem, dtype=None):
     """Fill the gradients of the problem, computing in `dtype` (float64 unless given)."""
+    for array in (problem.grad_query, problem.grad_key, problem.grad_value):
+        array[...] = 0
     if problem.cu_q is not None:
         for sequence in problem.sequences():
             backward(sequence, dtype)

@@ -520,7 +520,7 @@ def forward(problem):
 
 
 def backward(problem):
-    """Fill the gradients of problem (see checks.Problem), whose arrays hold zeros."""
+    """Fill the gradients of problem (see checks.Problem)."""
     cdef fastattn_problem p
     describe_problem(&p, problem)
     p.reduce = FASTATTN_GRADIENT

@@ -50,7 +50,7 @@ enum {
     FASTATTN_MAX,                   /* (B, H, chunks, S) their maximum; zeros before */
     FASTATTN_ENTROPY,               /* (B, H, L, 1) -sum p log p of each row, in nats; zeros before */
     FASTATTN_TOP_K,                 /* (B, H, L, k) the largest of each row, descending; zeros before, and indices -1 */
-    FASTATTN_GRADIENT,              /* the gradients, from grad_out and the saved out and lse; they hold zeros before */
+    FASTATTN_GRADIENT,              /* the gradients, from grad_out and the saved out and lse */
 };
 
 typedef struct {
@@ -96,10 +96,10 @@ typedef struct {
     fastattn_array grad_out;        /* (B, H, L, Dv), of out's kind */
     fastattn_array grad_lse;        /* (B, H, L) real; optional */
     fastattn_array grad_query, grad_key, grad_value;        /* real; col is 1 */
-    fastattn_array grad_bias;       /* (B, H, L, S) real, stride 0 where it is summed; optional */
+    fastattn_array grad_bias;       /* (B, H, L, S) real, stride 0 where it is summed; zeros before; optional */
     const int64_t *grad_rows, *grad_cols;   /* (L,) and (S,): query i and key j add to element rows[i] + cols[j] of a head of
                                              * grad_bias instead, of which each chunk of the keys has a part, `row` apart */
-    fastattn_array row_grad;        /* (B, H, L) sums over the keys of the logits' gradients; optional */
+    fastattn_array row_grad;        /* (B, H, L) sums over the keys of the logits' gradients; zeros before; optional */
     fastattn_array delta;           /* (B, H, L) sum of grad_out * out, less grad_lse */
     int64_t parts;                  /* of the latter */
     int32_t serial;                 /* grad_bias is a sum over key heads or batches */

@@ -176,6 +176,8 @@ def gradient_bound(*saved, packed=None, **options):
     u = UNIT_ROUNDOFF[checks.compute_dtype(np.asarray(saved[1]).dtype)] * (2 if saved[1].dtype == np.float64 else 1)
     arrays, options = widened(*saved, **options)
     p = checks.gradient_problem(*arrays, packed=packed, **options)
+    for name in ("query", "key", "value"):
+        p.returned[name][...] = 0
     for one in [p] if packed is None else p.sequences():
         _add_gradient_bounds(one, u)
     return gradient.gradients(p, *arrays[1:4], options.get("bias"), None)

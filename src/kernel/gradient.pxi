@@ -43,12 +43,18 @@ cdef inline int64_t key_blocks(const fastattn_problem* p) noexcept nogil:
     return (p.S + BLOCK - 1)//BLOCK
 
 
-cdef inline int64_t chunk_of(const fastattn_problem* p, int64_t key) noexcept nogil:
-    return ((key//BLOCK + 1)*p.chunks - 1)//key_blocks(p)
-
-
 cdef inline int64_t chunk_begin(const fastattn_problem* p, int64_t chunk) noexcept nogil:
-    return key_blocks(p)*chunk//p.chunks*BLOCK
+    # Where the blocks don't divide, the last chunks have one more: two threads in step never wait for a longer one before.
+    cdef int64_t least = key_blocks(p)//p.chunks
+    cdef int64_t shorter = p.chunks - key_blocks(p) % p.chunks
+    return (chunk*least + max(<int64_t>0, chunk - shorter))*BLOCK
+
+
+cdef inline int64_t chunk_of(const fastattn_problem* p, int64_t key) noexcept nogil:
+    cdef int64_t least = key_blocks(p)//p.chunks
+    cdef int64_t shorter = p.chunks - key_blocks(p) % p.chunks
+    cdef int64_t block = key//BLOCK
+    return block//least if block < shorter*least else shorter + (block - shorter*least)//(least + 1)
 
 
 cdef int64_t gradient_tasks(fastattn_problem* p, int64_t threads) noexcept nogil:
@@ -349,6 +355,14 @@ cdef void rows_before(Task* t, bint begins) noexcept nogil:
         back.ones[i] = 1
 
 
+cdef void clear_rows(const fastattn_problem* p, const Place* place, Py_ssize_t begin) noexcept nogil:
+    # dQ of rows from `begin` on that see no key
+    cdef real* dQ = <real*>base_of(p, &p.grad_query, place.b, place.h, p.cu_q, False)
+    cdef Py_ssize_t i
+    for i in range(begin, place.q_end):
+        memset(dQ + i*p.grad_query.row, 0, p.D*sizeof(real))
+
+
 cdef bint block_gradients(Task* t, const fastattn_problem* p, const Place* place, bint caller, void* memory) noexcept nogil:
     # One block of queries; False if the call was abandoned.
     cdef Back* back = t.back
@@ -358,6 +372,8 @@ cdef bint block_gradients(Task* t, const fastattn_problem* p, const Place* place
     cdef real* sums = NULL
     cdef Py_ssize_t i
     if not prepare(t, p, place, 0, memory) or t.k_begin >= t.k_end:
+        if back.chunk == 0:
+            clear_rows(p, place, place.q_begin)
         return True
     begins = chunk_of(p, t.k_begin)
     ends = chunk_of(p, t.k_end - 1)
@@ -393,6 +409,8 @@ cdef bint block_gradients(Task* t, const fastattn_problem* p, const Place* place
     if sums != NULL:
         for i in range(t.n_queries):
             sums[i*p.row_grad.row] = back.row_sums[i]
+    if back.chunk == ends:
+        clear_rows(p, place, t.q_begin + t.each)
     fastattn_add(turn, 1)
     return True
 
