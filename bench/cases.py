@@ -220,6 +220,22 @@ def packed_lengths(row, rng):
     return np.diff(ends, prepend=0) + 1
 
 
+# Gradients. The operations of a backward pass are 2.5 times those of a forward pass, of which a window does its share.
+GRADIENT_SHARE = {(1, 8, 2048, 64): 0.88, (1, 8, 2048, 128): 0.88}  # of the FMA peak
+GRADIENT_OVER_TORCH = 2.5
+BOTH_OVER_JAX = 5.0  # forward and backward
+GRADIENT_SCALING = Row(1, 1, 4096, 64)
+GRADIENT_TWO_OVER_ONE = 1.85
+GRADIENT_ROW = Row(1, 8, 2048, 64)
+DROPOUT_P = 0.1
+DROPOUT_OVER_NONE, DROPOUT_OVER_TORCH = 1.35, 5.0
+GRADIENT_BATCH = Row(4, 8, 1024, 64)
+BIAS_OVER_NONE = 1.4
+GRADIENT_WINDOW = Row(1, 4, 8192, 64), 128
+WINDOW_OVER_SHARE = 1.4
+GRADIENT_MEMORY = Row(1, 8, 8192, 64)
+GRADIENT_BYTES = 16 << 20
+
 # The short run: the same code on small problems, for CI. 1, primes, a tile and one more, odd head sizes.
 SHORT_SHAPES = (
     (1, 1, 1, 1), (1, 1, 8, 16), (2, 3, 13, 7), (1, 2, 64, 64), (1, 2, 65, 128), (3, 2, 50, 64),

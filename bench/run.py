@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -617,6 +617,155 @@ def wheel(run):
         yield at_most(f"build on {os.cpu_count()} CPUs", cases.BUILD_S, seconds, " s")
 
 
+def differentiable(row, **options):
+    """Arrays of a row, and what a backward pass is given: (grad_out, query, key, value, out, lse)."""
+    arrays = row.inputs()
+    out, lse = fa.attention(*arrays, causal=row.causal, return_lse=True, **options)
+    return (np.random.default_rng(7).standard_normal(out.shape).astype(out.dtype), *arrays, out, lse)
+
+
+def torch_backward(row, saved, threads, **options):
+    """torch's backward pass over one graph, again and again; None without torch."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    torch.set_num_threads(threads)
+    grad_out, *inputs = (torch.from_numpy(x) for x in saved[:4])
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    if options:
+        return lambda: torch.autograd.grad(attend(*inputs, is_causal=row.causal, **options), inputs, grad_out)
+    out = attend(*inputs, is_causal=row.causal)
+    return lambda: torch.autograd.grad(out, inputs, grad_out, retain_graph=True)
+
+
+def jax_both(row, saved):
+    """JAX's forward and backward pass in one compiled function; None without JAX."""
+    try:
+        import jax
+    except ImportError:
+        return None
+    grad_out, *inputs = (jax.numpy.asarray(x.swapaxes(1, 2)) for x in saved[:4])
+
+    @jax.jit
+    def both(grad_out, *inputs):
+        out, backward = jax.vjp(partial(jax.nn.dot_product_attention, is_causal=row.causal), *inputs)
+        return out, backward(grad_out)
+
+    return lambda: jax.block_until_ready(both(grad_out, *inputs))
+
+
+def gradient_grid(run):
+    """The backward pass against torch's, forward and backward against JAX's, and its share of the FMA peak."""
+    rows = [replace(row, L=min(row.L, 200)) for row in cases.GRID[:4]] if run.short else cases.GRID
+    for row in bench.progress(rows):
+        saved = differentiable(row)
+        what = f"backward, {row}"
+        mine = partial(fa.attention_backward, *saved, causal=row.causal)
+
+        def both(row=row, saved=saved, mine=mine):
+            fa.attention(*saved[1:4], causal=row.causal, return_lse=True)
+            mine()
+
+        calls = {"fastattn": mine, "both": both}
+        peers = {"torch": torch_backward(row, saved, run.threads), "jax": jax_both(row, saved)}
+        calls |= {name: call for name, call in peers.items() if call is not None}
+        right = None
+        if "torch" in calls:
+            right = [x.numpy() for x in calls["torch"]()]
+        elif run.short:
+            right = fa.reference.attention_backward(*saved, causal=row.causal)[:3]
+        if right is not None:
+            worst = max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in zip(mine(), right))
+            if not worst <= 1e-4:
+                yield wrong(what, worst)
+                continue
+        if run.short:
+            continue
+        stats = {name: s.median for name, s in bench.interleave(calls, run.budget).items()}
+        flops = 10 * row.B * row.H * row.L**2 * row.D * (0.5 if row.causal else 1)
+        speed = f" ({flops / stats['fastattn'] * 1e-9:.0f} GFLOP/s)"
+        if "torch" in stats:
+            ratio = stats["torch"] / stats["fastattn"]
+            yield at_least(f"{what} against torch", cases.GRADIENT_OVER_TORCH, ratio, " × torch", speed)
+        if "jax" in stats:
+            ratio = stats["jax"] / stats["both"]
+            yield at_least(f"forward and {what} against JAX", cases.BOTH_OVER_JAX, ratio, " × JAX")
+        limit = None if row.causal else cases.GRADIENT_SHARE.get((row.B, row.H, row.L, row.D))
+        if limit and _runtime.measure_peak:
+            peak = statistics.median(bench.fma_peak(run.threads) for _ in range(5))
+            yield at_least(f"{what}, share of the FMA peak", 100 * limit, flops / stats["fastattn"] * 1e-7 / peak, " %",
+                           f" of {peak:.0f} GFLOP/s")
+
+
+def resident_peak():
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def print_backward_memory():
+    saved = differentiable(cases.GRADIENT_MEMORY)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak of memory starts again
+    before = resident_peak()
+    grads = fa.attention_backward(*saved)
+    print(resident_peak() - before - sum(x.nbytes for x in grads[:3]))
+
+
+def gradient_options(run):
+    """The backward pass with options against the one without; two threads on one head; memory."""
+    row = cases.GRADIENT_SCALING
+    saved = differentiable(row)
+    stats = bench.interleave({n: partial(fa.attention_backward, *saved, num_threads=n) for n in (1, 2)}, run.budget)
+    yield at_least(f"backward, {row}, two threads", cases.GRADIENT_TWO_OVER_ONE, stats[1].median / stats[2].median,
+                   " × one")
+
+    row, options = cases.GRADIENT_ROW, {"dropout_p": cases.DROPOUT_P, "seed": 1}
+    saved, dropped = differentiable(row), differentiable(row, **options)
+
+    def both(saved, **options):
+        fa.attention(*saved[1:4], return_lse=True, **options)
+        fa.attention_backward(*saved, **options)
+
+    calls = {"without": partial(both, saved), "with": partial(both, dropped, **options)}
+    torch = torch_backward(row, saved, run.threads, dropout_p=cases.DROPOUT_P)
+    if torch:
+        calls["torch"] = torch
+    stats = {name: s.median for name, s in bench.interleave(calls, run.budget).items()}
+    what = f"dropout {cases.DROPOUT_P}, forward and backward, {row}"
+    yield at_most(f"{what} against none", cases.DROPOUT_OVER_NONE, stats["with"] / stats["without"], " ×")
+    if torch:
+        yield at_least(f"{what} against torch", cases.DROPOUT_OVER_TORCH, stats["torch"] / stats["with"], " × torch")
+
+    row = cases.GRADIENT_BATCH
+    bias = np.random.default_rng(8).standard_normal((row.H, row.L, row.L), dtype=np.float32)
+    plain, biased = differentiable(row), differentiable(row, bias=bias)
+    calls = {"without": partial(fa.attention_backward, *plain),
+             "with": partial(fa.attention_backward, *biased, bias=bias)}
+    stats = {name: s.median for name, s in bench.interleave(calls, run.budget).items()}
+    yield at_most(f"backward, {row}, gradient of a bias shared by the batches", cases.BIAS_OVER_NONE,
+                  stats["with"] / stats["without"], " ×")
+
+    row, width = cases.GRADIENT_WINDOW
+    full, narrow = differentiable(row), differentiable(row, window=width)
+    calls = {"full": partial(fa.attention_backward, *full),
+             "window": partial(fa.attention_backward, *narrow, window=width)}
+    stats = {name: s.median for name, s in bench.interleave(calls, run.budget).items()}
+    i, j = np.arange(row.L)[:, None], np.arange(row.L)
+    share = float((abs(i - j) <= width).mean())
+    yield at_most(f"backward, {row}, window of {width} on each side", cases.WINDOW_OVER_SHARE,
+                  stats["window"] / stats["full"] / share, " × the visible share")
+
+    row = cases.GRADIENT_MEMORY
+    what = f"backward, {row}, memory beyond inputs and gradients"
+    command = f"import sys; sys.path.insert(0, {str(HERE)!r}); import run; run.print_backward_memory()"
+    result = python(["-c", command], HERE)
+    if result.returncode:
+        yield not_measured(what, f"≤ {cases.GRADIENT_BYTES >> 20} MiB", result.stderr.strip().splitlines()[-1])
+    else:
+        yield at_most(what, cases.GRADIENT_BYTES / 2**20, int(result.stdout) / 2**20, " MiB")
+
+
 def short(run):
     """Small problems, results only; and the comparator refuses results that are wrong by little."""
     row = cases.Row(1, 2, 64, 64)
@@ -634,8 +783,9 @@ def short(run):
 
 
 CHECKS = [grid, long, options, window_peers, packed, compiling, weights, float64, decode, small_decode, paged, latent,
-          half_grid, half, cliff, append, tiny, forced, threads, after_matmul, scratch, imports, wheel]
-SHORT_CHECKS = [short, options, decode, scratch, imports]
+          half_grid, half, cliff, append, gradient_grid, gradient_options, tiny, forced, threads, after_matmul, scratch,
+          imports, wheel]
+SHORT_CHECKS = [short, options, decode, gradient_grid, scratch, imports]
 
 
 def python(command, folder, **environment):

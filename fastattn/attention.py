@@ -66,9 +66,10 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
     normalizer : str
         "softmax".
     dropout_p : float
-        0.0.
+        The share of the weights, behind the softmax, that become 0; the others are multiplied by 1 / (1 - dropout_p).
     seed : int, optional
-        Of the dropout; no effect without it.
+        Of the dropout, 0 to 2**64 - 1: which weights stay depends on it and on batch, head, row and key, on nothing
+        else. Default: another one for each call, which no backward pass can repeat.
     out : ndarray of the result's shape and query's dtype, optional
         Filled and returned. It must not overlap an input.
     return_lse : bool
@@ -98,11 +99,11 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
     ValueError
         A wrong shape or value: axes, heads or sizes that do not fit each other; more than 8 leading axes; lengths
         outside [0, L] or [0, S]; a query_offset outside (-2**60, 2**60); a negative window; scale or softcap not finite
-        in query's dtype; softcap not positive and normal; dropout_p outside [0, 1); a negative seed; num_threads < 1;
-        an unknown normalizer or deterministic; an address or strides that are no multiple of the item size; out= of the
-        wrong shape or dtype, read-only, overlapping itself or an input.
+        in query's dtype; softcap not positive and normal; dropout_p outside [0, 1); a seed outside [0, 2**64);
+        num_threads < 1; an unknown normalizer or deterministic; an address or strides that are no multiple of the item
+        size; out= of the wrong shape or dtype, read-only, overlapping itself or an input.
     NotImplementedError
-        Options of later versions: other normalizers, dropout_p > 0.
+        Options of later versions: other normalizers.
     MemoryError
         No memory for the result or the scratch.
 
@@ -119,7 +120,8 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
     References
     ----------
     Vaswani et al., "Attention Is All You Need", 2017. The ONNX operator Attention, opset 25. The softmax in one pass:
-    Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022.
+    Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022. The
+    dropout's numbers: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011 (Philox 4x32-10).
 
     Examples
     --------

@@ -7,6 +7,7 @@ whose arrays all have their full shape. What is behind it assumes valid input.
 import copy
 import math
 import numbers
+import secrets
 import sys
 
 import numpy as np
@@ -42,6 +43,9 @@ class Problem:
     query_lengths   None or contiguous int64 (B,), in [0, L]
     kv_lengths      None or contiguous int64 (B,), in [0, S]
     scale, softcap  floats; softcap 0.0 = none
+    dropout         0, or how many of 2**32 numbers drop a weight
+    keep, seed      the factor of those that stay; 64 bits
+    batch           number of the first batch
     one_path        True: the bits of a row are those of a call with many rows
     out             (*lead, H, L, Dv), to be filled
     lse             None or (*lead, H, L), to be filled
@@ -70,7 +74,8 @@ class Problem:
     """
 
     __slots__ = ("query", "key", "value", "mask", "plan", "bias", "bias_index", "sinks", "left", "right",
-                 "query_offset", "query_lengths", "kv_lengths", "scale", "softcap", "one_path", "out", "lse",
+                 "query_offset", "query_lengths", "kv_lengths", "scale", "softcap", "dropout", "keep", "seed",
+                 "batch", "one_path", "out", "lse",
                  "num_threads", "cu_q", "cu_k", "L", "S", "pages", "reduce", "rows", "weights", "indices", "k",
                  "chunks", "bias_offset", "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "delta",
                  "grad_bias", "grad_index", "row_grad", "parts", "serial", "returned", "returned_lse")
@@ -94,6 +99,7 @@ class Problem:
             one = copy.copy(self)
             rows, keys = slice(*self.cu_q[b : b + 2]), slice(*self.cu_k[b : b + 2])
             one.cu_q = one.cu_k = None
+            one.batch = b
             one.L, one.S = rows.stop - rows.start, keys.stop - keys.start
             one.query, one.out = self.query[b : b + 1, :, rows], self.out[b : b + 1, :, rows]
             one.key, one.value = self.key[b : b + 1, :, keys], self.value[b : b + 1, :, keys]
@@ -130,6 +136,7 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
     p = Problem()
     p.reduce = p.k = p.chunks = 0
     p.rows = p.weights = p.indices = p.pages = p.bias_offset = None
+    p.batch = 0
 
     # --- query, key, value: kind, dtype, layout ---
     query, key, value = _array("query", query), _array("key", key), _array("value", value)
@@ -255,13 +262,11 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
     # A C int holds it; there are never more tasks than that.
     p.num_threads = None if num_threads is None else min(_integer("num_threads", num_threads, 1), 2**31 - 1)
 
+    p.dropout, p.keep, p.seed = _dropout(dropout_p, seed)
+
     # --- options of later versions ---
     if type(normalizer) is not str or normalizer != "softmax":
         _check_normalizer(normalizer)
-    if type(dropout_p) is not float or dropout_p != 0.0:
-        _check_dropout(dropout_p)
-    if seed is not None:
-        _integer("seed", seed, 0)
     p.one_path = deterministic is not None and _check_deterministic(deterministic)
 
     # --- results ---
@@ -289,6 +294,8 @@ GRADIENT_PARTS = 8  # at least, of the sums over diagonals
 def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bias=None, **options):
     """Check the arguments of `attention_backward`, which documents them, and return the `Problem` they describe."""
     p = problem(query, key, value, bias=bias, results=False, **options)
+    if p.dropout and options.get("seed") is None:
+        raise ValueError("seed must be that of the forward pass where there is a dropout, got None")
     shape, dtype, inside = p.returned, p.query.dtype, compute_dtype(p.query.dtype)
     packed, flat = p.cu_q is not None, len(shape) == 2
     lead, (H, rows, D), (Hkv, keys, Dv) = p.query.shape[:-3], p.query.shape[-3:], p.value.shape[-3:]
@@ -707,6 +714,18 @@ def _cumulative(name, value, rows, of):
     return values.astype(np.int64)
 
 
+def _dropout(dropout_p, seed):
+    """(how many of 2**32 numbers drop a weight, the factor of those that stay, 64 bits of seed)."""
+    share = _real("dropout_p", dropout_p)
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    if seed is not None and _integer("seed", seed, 0) >= 2**64:
+        raise ValueError(f"seed must be less than 2**64, got {seed}")
+    if share == 0.0:
+        return 0, 1.0, 0
+    return min(round(share * 2**32), 2**32 - 1), 1 / (1 - share), secrets.randbits(64) if seed is None else int(seed)
+
+
 def _window(window, causal):
     """(left, right): the keys a query sees on each side of its position, causal included."""
     if window is None:
@@ -727,14 +746,6 @@ def _check_normalizer(normalizer):
         raise NotImplementedError(f"normalizer={normalizer!r} is not implemented yet")
     if normalizer != "softmax":
         raise ValueError(f"normalizer must be one of {('softmax', *NORMALIZERS_TO_COME)}, got {normalizer!r}")
-
-
-def _check_dropout(dropout_p):
-    number = _real("dropout_p", dropout_p)
-    if not 0.0 <= number < 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
-    if number > 0.0:
-        raise NotImplementedError(f"dropout_p={dropout_p} is not implemented yet")
 
 
 def _check_deterministic(deterministic):

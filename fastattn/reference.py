@@ -154,6 +154,8 @@ def forward(problem, dtype=None):
             lse = m + np.log(total)
             if problem.query_lengths is not None:
                 lse[problem.query_lengths[batch]:] = -np.inf
+            if problem.dropout:
+                weights = weights * dropout(problem, batch, head)
             problem.out[head] = weighted_sum(weights, visible, problem.value[kv_head].astype(dtype))
             if problem.lse is not None:
                 problem.lse[head] = lse
@@ -217,13 +219,18 @@ def backward(problem, dtype=None):
                 delta -= problem.grad_lse[head]
             some = visible.any(axis=1)
             problem.delta[head][some] = delta[some]
-            dz = np.where(visible, p * (g @ v.T - delta[:, None]), 0)
+            dp = g @ v.T
+            stay = 1
+            if problem.dropout:
+                stay = dropout(problem, batch, head)
+                dp = np.where(stay > 0, stay * dp, 0)
+            dz = np.where(visible, p * (dp - delta[:, None]), 0)
             _add_bias_gradient(problem, head, dz)
             if problem.softcap:
                 dz = np.where(visible, dz * (1 - np.tanh(problem.scale * (q @ k.T) / problem.softcap) ** 2), 0)
             problem.grad_query[head] += problem.scale * weighted_sum(dz, visible, k)
             problem.grad_key[kv_head] += problem.scale * weighted_sum(dz.T, visible.T, q)
-            problem.grad_value[kv_head] += weighted_sum(p.T, visible.T, g)
+            problem.grad_value[kv_head] += weighted_sum((p * stay).T, visible.T, g)
 
 
 def _add_bias_gradient(problem, head, dz):
@@ -240,6 +247,30 @@ def _add_bias_gradient(problem, head, dz):
         to[0] += dz.sum(axis=0)
     else:
         to += dz
+
+
+def dropout(problem, batch, head):
+    """The factors (L, S) of a head's weights: 1 / (1 - dropout_p), or 0 for numbers less than dropout_p * 2**32."""
+    L, S = problem.L, problem.S
+    i, j = np.arange(L, dtype=np.uint64)[:, None], np.arange(-(-S // 4), dtype=np.uint64)
+    numbers = philox((j, i, np.uint64(head[-1]), np.uint64(problem.batch + batch)), problem.seed)
+    return np.where(np.stack(numbers, axis=-1).reshape(L, -1)[:, :S] >= problem.dropout, problem.keep, 0)
+
+
+def philox(counter, seed):
+    """The four numbers of 32 bits that Philox 4x32-10 makes of counters, four uint64 arrays, and the 64 bits of a seed.
+
+    >>> [hex(x) for x in philox([np.uint64(0)] * 4, 0)]
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    x = np.broadcast_arrays(*(np.asarray(c, np.uint64) & low for c in counter))
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    for _ in range(10):
+        p0, p1 = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
+        x = (p1 >> half) ^ x[1] ^ np.uint64(k0), p1 & low, (p0 >> half) ^ x[3] ^ np.uint64(k1), p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return x
 
 
 def heads(problem):

@@ -467,6 +467,9 @@ cdef void describe_problem(fastattn_problem* p, problem) except *:
     p.Dv = cnp.PyArray_DIM(v, n - 1)
     p.bits = 64 if cnp.PyArray_TYPE(q) == cnp.NPY_FLOAT64 else 32
     p.one_path = problem.one_path
+    p.seed = problem.seed
+    p.dropout = problem.dropout
+    p.keep = problem.keep
     p.left = problem.left
     p.right = problem.right
     p.scale = problem.scale
@@ -514,7 +517,8 @@ def forward(problem):
             describe(&p.indices, problem.indices, 3, p.n_lead)
     # Pairs: the products read rows of words, and the scale's sign and size stay out of Q.
     if (kernel_pairs != NULL and p.query.kind == FASTATTN_BF16 and p.key.kind == FASTATTN_BF16
-            and p.value.kind == FASTATTN_BF16 and p.D % 2 == 0 and 1e-30 < p.scale < 1e30 and not p.reduce):
+            and p.value.kind == FASTATTN_BF16 and p.D % 2 == 0 and 1e-30 < p.scale < 1e30 and not p.reduce
+            and p.dropout == 0):
         p.bits = 16
     run(&p, 0 if problem.num_threads is None else problem.num_threads)
 
@@ -599,7 +603,7 @@ def scratch_bytes(int64_t D, int64_t Dv, int bits=32):
     p.Dv = Dv
     p.key.col = 1
     p.value.col = 1
-    p.Hkv = p.H = 1
+    p.Hkv = p.H = p.together = 1
     a = (kernel_f32 if bits == 32 else kernel_f64).scratch(&p)
     p.key.col = 2
     p.value.col = 2

@@ -86,6 +86,9 @@ typedef struct {
     const int64_t *kv_lengths;      /* (B,); NULL stands for S */
     int64_t left, right;            /* row i sees p - left <= j <= p + right, p = i + query_offset */
     double scale, softcap;          /* softcap 0: none */
+    uint64_t seed;
+    uint32_t dropout;               /* a weight stays if its number is at least this; 0: none */
+    double keep;                    /* factor of those that stay */
     int32_t one_path;               /* the same bits whatever the number of rows: never the path for few of them */
     int32_t reduce;                 /* what to compute: FASTATTN_OUTPUT, or of the weights ... */
     int64_t k;                      /* largest weights of a row, for FASTATTN_TOP_K */

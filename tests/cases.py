@@ -97,6 +97,8 @@ def bound(query, key, value, **options):
     S, D = problem.key.shape[-2:]
     gamma = (D + 2) * u / (1 - (D + 2) * u)
     sums = (2 * EXP_ULP + 2 + KEY_BLOCK + -(-S // KEY_BLOCK)) * u
+    if problem.dropout:
+        sums += 2 * u  # its factor, rounded and multiplied
     if S > SPLIT:
         sums += (2 * EXP_ULP + 2 + -(-S // SPLIT)) * u
 
@@ -107,6 +109,8 @@ def bound(query, key, value, **options):
             scores, visible = reference.logits(problem, batch, head, kv_head, np.float64)
             sink = reference.sink(problem, head, np.float64)
             weights, m, total = reference.softmax(scores, visible, sink)
+            if problem.dropout:
+                weights = weights * reference.dropout(problem, batch, head)
             q, k = abs(problem.query[head].astype(np.float64)), abs(problem.key[kv_head].astype(np.float64))
             values = problem.value[kv_head].astype(np.float64)
             v = abs(values)
@@ -131,7 +135,8 @@ def bound(query, key, value, **options):
             if sink is not None and sink != -np.inf:
                 worst = np.maximum(worst, u * abs(sink - m))
             magnitude[head] = reference.weighted_sum(weights, visible, v)
-            tiny = denormal * (reference.weighted_sum(visible.astype(float), visible, v) + visible.sum(axis=1)[:, None])
+            tiny = problem.keep * denormal
+            tiny = tiny * (reference.weighted_sum(visible.astype(float), visible, v) + visible.sum(axis=1)[:, None])
             out[head] = magnitude[head] * (2 * worst + sums)[:, None] + tiny
             if pairs:
                 out[head] += magnitude[head] * PAIRS_ROUNDOFF * (1 + 2 * worst + sums)[:, None]
@@ -195,6 +200,7 @@ def _add_gradient_bounds(p, u):
             k, v = (abs(x[kv_head]) for x in (p.key, p.value))
             lse = p.lse[head][:, None]
             weight = np.where(visible, np.exp(scores - lse), 0)
+            stay = reference.dropout(p, batch, head) if p.dropout else 1
             products = abs(p.scale) * (q @ k.T)
             bias = 0 if p.bias is None else p.bias_of(head)
             delta = (D + 2) * u * (products + abs(bias)) + u * abs(scores - lse)
@@ -202,8 +208,9 @@ def _add_gradient_bounds(p, u):
                 delta += 4 * u * abs(scores - bias)
             error_p = delta + 3 * u * abs(lse) + (2 * EXP_ULP + 2) * u
             of_row = (g * out).sum(axis=1) + (0 if p.grad_lse is None else abs(p.grad_lse[head]))
-            dz = np.where(visible, weight * (g @ v.T + of_row[:, None]), 0)
-            error = np.where(visible, dz * (error_p + (Dv + 4) * u) + SMALLEST * (g @ v.T + of_row[:, None]), 0)
+            dp = stay * (g @ v.T) + of_row[:, None]
+            dz = np.where(visible, weight * dp, 0)
+            error = np.where(visible, dz * (error_p + (Dv + 6) * u) + SMALLEST * dp, 0)
             reference._add_bias_gradient(p, head, error + dz * terms * u)
             if p.softcap:
                 error = error + np.where(visible, dz * (2 * delta / p.softcap + 12 * u), 0)
@@ -212,7 +219,8 @@ def _add_gradient_bounds(p, u):
             across = (KEY_BLOCK + blocks_k + 4) * u
             p.grad_query[head] += (abs(p.scale) * (error + dz * across) + SMALLEST * dz) @ k + SMALLEST
             p.grad_key[kv_head] += (abs(p.scale) * (error + dz * along) + SMALLEST * dz).T @ q + SMALLEST
-            p.grad_value[kv_head] += np.where(visible, weight * (error_p + along) + SMALLEST, 0).T @ g + SMALLEST
+            error_p = np.where(visible, stay * (weight * (error_p + along) + SMALLEST), 0)
+            p.grad_value[kv_head] += error_p.T @ g + SMALLEST
 
 
 def assert_gradients(actual, exact, bound, context):

@@ -70,8 +70,10 @@ def drawn_options(rng, b, h, rows, keys):
         "softcap": float(rng.choice([0.7, 3.0])), "kv_lengths": rng.integers(0, keys + 1, b),
         "query_lengths": rng.integers(0, rows + 1, b), "mask": rng.random((b, 1, rows, keys)) < 0.7,
         "bias": rng.standard_normal(shapes[rng.integers(len(shapes))]), "sinks": rng.standard_normal(h),
+        "dropout_p": float(rng.choice([0.1, 0.5, 0.9])),
     }
-    return {name: option for name, option in options.items() if rng.random() < 0.35}
+    options = {name: option for name, option in options.items() if rng.random() < 0.35}
+    return options | {"seed": int(rng.integers(2**63))}
 
 
 @pytest.mark.parametrize("part", range(10))
@@ -385,6 +387,24 @@ def test_bad_arguments(name, change, error, message):
 def test_docstrings():
     failed, attempted = doctest.testmod(gradient)
     assert attempted and not failed
+
+
+@both_dtypes
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (33, 5)},
+                                     {"softcap": 3.0, "kv_lengths": [150, 3]}], ids=str)
+def test_dropout(options, dtype, seed):
+    rng = generator(seed)
+    for rows, keys in [(70, 200), (3, 97), (129, 301)]:
+        options = options | ({"kv_lengths": [keys - 5, 3]} if "kv_lengths" in options else {})
+        arguments, more = saved(rng, inputs(rng, (2,), 4, 2, rows, keys, 8, 9, dtype), dropout_p=0.3, seed=5, **options)
+        check(arguments, more, {"rows": rows, "keys": keys, "options": options, "seed": seed})
+        for threads in (1, 3):
+            for x, y in zip(fa.attention_backward(*arguments, num_threads=threads, **more)[:3],
+                            fa.attention_backward(*arguments, **more)[:3]):
+                if fa.isa() != "reference":
+                    assert_same_bits(x, y, {"threads": threads, "seed": seed})
+        with pytest.raises(ValueError, match="seed must be that of the forward pass where there is a dropout"):
+            fa.attention_backward(*arguments, **more | {"seed": None})
 
 
 def test_the_bound_sees_wrong_gradients(seed):

@@ -331,7 +331,6 @@ BAD = [
      r"normalizer must be one of \('softmax', 'softmax1', 'sigmoid', 'relu', 'sparsemax', 'entmax15'\), got 'softmin'"),
     ("normalizer none", {"normalizer": None}, T, "normalizer must be a string, got NoneType"),
     ("normalizer array", {"normalizer": np.array(["softmax"] * 2)}, T, "normalizer must be a string, got ndarray"),
-    ("dropout later", {"dropout_p": 0.1}, N, "dropout_p=0.1 is not implemented yet"),
     ("dropout one", {"dropout_p": 1}, V, r"dropout_p must lie in \[0, 1\), got 1"),
     ("dropout negative", {"dropout_p": -0.1}, V, r"dropout_p must lie in \[0, 1\), got -0.1"),
     ("dropout NaN", {"dropout_p": np.nan}, V, r"dropout_p must lie in \[0, 1\), got nan"),

@@ -531,7 +531,7 @@ BAD = [
     ("out repeats itself", {"out": np.lib.stride_tricks.as_strided(np.zeros((7, H, Dv), F32), strides=(0, 40, 4))}, V,
      r"out must not overlap itself, got strides \(0, 40, 4\) for shape \(7, 4, 10\)"),
     ("out on value", share_memory, V, "out must not overlap the inputs, got memory shared with value"),
-    ("dropout", {"dropout_p": 0.1}, N, "dropout_p=0.1 is not implemented yet"),
+    ("dropout", {"dropout_p": 1.0}, V, r"dropout_p must lie in \[0, 1\), got 1.0"),
 ]
 
 

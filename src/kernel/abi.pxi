@@ -1,6 +1,6 @@
 # fastattn.h for Cython: the problem and the table of a kernel build.
 
-from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 cdef extern from "fastattn.h" nogil:
     enum: FASTATTN_ABI
@@ -54,6 +54,9 @@ cdef extern from "fastattn.h" nogil:
         const int64_t* kv_lengths
         int64_t left, right
         double scale, softcap
+        uint64_t seed
+        uint32_t dropout
+        double keep
         int32_t one_path
         int32_t reduce
         int64_t k, chunks

@@ -260,6 +260,8 @@ cdef void segment(Task* t, int first, int vectors, Operands* of, int64_t block, 
     else:
         if of.in_turn:
             of.poisoned = pack_values(t, block, n, True, of.clean)
+        if t.p.dropout != 0:
+            drop_weights(t, first, vectors, block, parts)
         product_t(vectors, of.v, of.v_row, t.S + lane, parts, t.Ot + lane, t.p.Dv, t.c + lane)
     if of.poisoned:
         add_poisoned(t, first, vectors, block, parts, masked)
@@ -364,6 +366,10 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
     expect_masks(t, end, min(t.end, end + BLOCK))
     if how_much == NOTHING:
         return
+    if p.reduce == FASTATTN_GRADIENT and p.grad_bias.data != NULL and p.grad_rows == NULL and p.grad_bias.row != 0:
+        expect(&t.later.rows[t.later.n], <real*>p.grad_bias.data + offset(p, &p.grad_bias, t.b, t.h, NULL)
+               + t.q_begin*p.grad_bias.row + block, p.grad_bias.row*sizeof(real), t.n_queries, n*sizeof(real))
+        t.later.n += 1
     find_operands(t, block, n, how_much == PART or t.bias != NULL, of)
     if how_much == ALL:
         parts.n = 1

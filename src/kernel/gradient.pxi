@@ -2,7 +2,8 @@
 #
 #     P  = 2^((S - base) κ)        base = lse in units of S; as in the forward pass                          [keys][lanes]
 #     dP = V dOt                   product N                                                                  [keys][lanes]
-#     dZ = P (dP - delta)          delta = sum_d out dO - grad_lse, of each lane; dZ is the bias' gradient
+#     dZ = P (dP - delta)          delta = sum_d out dO - grad_lse, of each lane; dZ is the bias' gradient. A dropout
+#                                  multiplies dP before and P behind this by its factors, made again from the seed
 #     dS = dZ (1 - (y / cap)^2)    where a softcap made y of the scores
 #
 #     dV += P dO     dK += dS Q    product N, its lanes over Dv and D, rows of queries packed [LANES][Dv'], [LANES][D']
@@ -33,6 +34,7 @@ cdef struct Back:
     real* dK                        # [keys of the chunk][D']
     real* dV                        # [keys of the chunk][Dv']
     bint finite                     # Q and G are
+    char* looked                    # of each block of the chunk: 1 if keys and values are finite, 2 if not, 0: not known yet
 
 
 cdef inline int64_t query_blocks(const fastattn_problem* p, int64_t b) noexcept nogil:
@@ -58,14 +60,17 @@ cdef inline int64_t chunk_of(const fastattn_problem* p, int64_t key) noexcept no
 
 
 cdef int64_t gradient_tasks(fastattn_problem* p, int64_t threads) noexcept nogil:
-    # As many chunks as keep all threads busy to the end; `serial`: all key heads in one task, for a sum over them.
+    # As many chunks as keep all threads busy to the end: one for each where all chunks are the same work, more where only
+    # some keys are seen. `serial`: all key heads in one task, for a sum over them.
     cdef int64_t tasks = 1 if p.serial else p.B*p.Hkv
     cdef int64_t most = key_blocks(p)
     cdef int64_t wanted = (most*BLOCK + CHUNK_KEYS - 1)//CHUNK_KEYS
     if p.grad_rows != NULL:
         wanted = p.parts
     elif threads > 1 and tasks < 4*threads:
-        wanted = (max(wanted, (4*threads + tasks - 1)//tasks) + threads - 1)//threads*threads
+        if p.left < p.S or p.right < p.S or p.mask.data != NULL or p.tiles.first != NULL or p.kv_lengths != NULL:
+            wanted = max(wanted, (4*threads + tasks - 1)//tasks)
+        wanted = (wanted + threads - 1)//threads*threads
     p.chunks = max(<int64_t>1, min(wanted, most))
     p.groups = p.B*p.H*((p.L + LANES - 1)//LANES)       # turns
     p.batch_tasks = tasks
@@ -89,20 +94,27 @@ cdef size_t lay_out_back(Back* back, const fastattn_problem* p, char* memory) no
     back.row_sums = back.ones + LANES
     back.dK = back.row_sums + LANES
     back.dV = back.dK + rows*whole(p.D)
-    return <char*>(back.dV + rows*whole(p.Dv)) - memory
+    back.looked = <char*>(back.dV + rows*whole(p.Dv))
+    return back.looked + rows//BLOCK + 64 - memory
 
 
 # --- one block of keys -----------------------------------------------------------------------------------------------
 
 cdef void score_gradients(real* P, real* dS, int vectors, Py_ssize_t n, const real* delta, const uint64_t* seen,
-                          int shift) noexcept nogil:
-    # dS = P (dS - delta), 0 where a lane does not see the key; seen may be NULL
+                          const uint64_t* kept, real keep, int shift) noexcept nogil:
+    # dS = P (dS - delta), 0 where a lane does not see the key; seen may be NULL. So may kept, which says whose weights stay in
+    # a dropout: P and, before, dS are multiplied by keep or 0.
     cdef Py_ssize_t j
     cdef int g
-    cdef vf x
+    cdef vf x, p
     for j in range(n):
         for g in range(vectors):
-            x = v_mul(v_load(P + g*VL), v_sub(v_load(dS + g*VL), v_load(delta + g*VL)))
+            p = v_load(P + g*VL)
+            x = v_load(dS + g*VL)
+            if kept != NULL:
+                x = v_mul(v_keep(x, kept[j] >> (shift + g*VL)), v_set1(keep))
+                v_store(P + g*VL, v_mul(v_keep(p, kept[j] >> (shift + g*VL)), v_set1(keep)))
+            x = v_mul(p, v_sub(x, v_load(delta + g*VL)))
             v_store(dS + g*VL, v_keep(x, seen[j] >> (shift + g*VL)) if seen != NULL else x)
         P += LANES
         dS += LANES
@@ -241,6 +253,18 @@ cdef void capped_weights(Task* t, int first, int vectors, const Operands* of, in
     weigh_rows(vectors, S, n, t.kappa, t.base + lane, t.total + lane, begin, False)
 
 
+cdef bint finite_block(Task* t, const Operands* of, int64_t block, Py_ssize_t n) noexcept nogil:
+    # Of all n keys and values that this block of queries sees some of; as far as known of the whole block of the chunk.
+    cdef char* looked = t.back.looked + (block - t.back.first)//BLOCK
+    cdef bint finite
+    if looked[0] != 0:
+        return looked[0] == 1
+    finite = all_finite(of.k, of.k_row, n, t.p.D) and all_finite(of.v, of.v_row, n, t.p.Dv)
+    if n == BLOCK or block + n == t.back.end:
+        looked[0] = 1 if finite else 2
+    return finite
+
+
 cdef void gradient_segment(Task* t, int first, int vectors, const Operands* of, int64_t block, Py_ssize_t n,
                            const Parts* parts, bint masked) noexcept nogil:
     # As `segment`.
@@ -251,9 +275,9 @@ cdef void gradient_segment(Task* t, int first, int vectors, const Operands* of, 
     cdef Py_ssize_t ldk = whole(p.D)
     cdef Py_ssize_t ldv = whole(p.Dv)
     cdef uint64_t words[BLOCK]
+    cdef uint64_t kept[BLOCK]
     cdef const uint64_t* seen = t.seen if masked else NULL
-    cdef bint careful = ((masked or t.bias != NULL)
-                         and not (back.finite and all_finite(of.k, of.k_row, n, p.D) and all_finite(of.v, of.v_row, n, p.Dv)))
+    cdef bint careful = (masked or t.bias != NULL) and not (back.finite and finite_block(t, of, block, n))
     cdef Py_ssize_t begin, m, at
     cdef real* P
     cdef real* dS
@@ -272,7 +296,10 @@ cdef void gradient_segment(Task* t, int first, int vectors, const Operands* of, 
         else:
             weights(t, first, vectors, of, block, begin, m, masked)
         chain_n(vectors, of.v + begin*of.v_row, of.v_row, back.Gt + lane, p.Dv, dS, m, True, &t.later)
-        score_gradients(P, dS, vectors, m, back.delta + lane, seen + begin if seen != NULL else NULL, lane)
+        if p.dropout != 0:
+            kept_lanes(t, first, vectors, block + begin, m, kept)
+        score_gradients(P, dS, vectors, m, back.delta + lane, seen + begin if seen != NULL else NULL,
+                        kept if p.dropout != 0 else NULL, <real>p.keep, lane)
         if p.grad_bias.data != NULL or p.row_grad.data != NULL:
             add_bias_gradient(t, first, vectors, block + begin, m, dS)
         if p.softcap > 0:
@@ -442,13 +469,15 @@ cdef void run_gradient(const fastattn_problem* p, int64_t task, bint caller, voi
     place.few = False
     place.heads = 1
     for one in range(first, last):
-        place.b = one//p.Hkv
-        h_kv = one % p.Hkv
+        # A bias of each head: the batches that share it one after the other, while it is in a cache.
+        place.b = one % p.B if p.serial and p.grad_bias.head != 0 else one//p.Hkv
+        h_kv = one//p.B if p.serial and p.grad_bias.head != 0 else one % p.Hkv
         n = min(back.end, rows_of_batch(p.cu_k, place.b, p.S)) - back.first
         if n <= 0:
             continue
         memset(back.dK, 0, n*whole(p.D)*sizeof(real))
         memset(back.dV, 0, n*whole(p.Dv)*sizeof(real))
+        memset(back.looked, 0, (n + BLOCK - 1)//BLOCK)
         for place.h in range(h_kv*group, (h_kv + 1)*group):
             for q_block in range(query_blocks(p, place.b)):
                 place.q_begin = q_block*LANES

@@ -3,8 +3,8 @@
 
 Walk: dispatch.pyx calls `run` once a task  →  this file (one task)  →  block.pxi (one block of keys)  →  softmax.pxi and
 products.pxi (the loops)  →  simd.h (vectors). Beside them tasks.pxi (which rows a task has), task.pxi (who sees what),
-logits.pxi (options), pack.pxi (moves), few.pxi (the other path: few rows; few_tiles.pxi its loops), weights.pxi (the weights
-themselves), store.pxi (new tokens of a cache).
+logits.pxi and dropout.pxi (options), pack.pxi (moves), few.pxi (the other path: few rows; few_tiles.pxi its loops), weights.pxi
+(the weights themselves), gradient.pxi (the backward pass), store.pxi (new tokens of a cache).
 
 One task is (batch, head, block of queries); queries live in vector lanes. Memory of a task, reused for every task of a thread:
 
@@ -49,6 +49,7 @@ include "pack.pxi"
 include "softmax.pxi"
 include "logits.pxi"
 include "task.pxi"
+include "dropout.pxi"
 include "few_tiles.pxi"
 include "few.pxi"
 include "block.pxi"
@@ -187,6 +188,7 @@ cdef void finish(Task* t) noexcept nogil:
     cdef const Place* place = &t.place
     cdef char* out
     cdef real* lse = NULL
+    cdef Py_ssize_t i
     if t.few and place.splits > 1:
         keep_state(t, place.group, place.split)
         if fastattn_add(<int64_t*>p.state + place.group, 1) + 1 < place.splits:
@@ -197,6 +199,9 @@ cdef void finish(Task* t) noexcept nogil:
     if p.lse.data != NULL:
         lse = <real*>base_of(p, &p.lse, t.b, t.h, p.cu_q, False)
     normalise(t, lse)
+    if p.dropout != 0:
+        for i in range(t.vectors*VL):
+            t.c[i] *= <real>p.keep
     if t.few:
         few_out(t, out)
     else:
