@@ -29,6 +29,7 @@ cdef struct Back:
     real* Q                         # [LANES][D'] the block's queries, rows of whole vectors
     real* G                         # [LANES][Dv'] grad_out
     real* delta
+    real* trim                      # what the rounding of base took from P; G has it too
     real* ones
     real* row_sums                  # of dZ
     real* dK                        # [keys of the chunk][D']
@@ -90,7 +91,8 @@ cdef size_t lay_out_back(Back* back, const fastattn_problem* p, char* memory) no
     back.Q = back.dQt + aligned(p.D*LANES)
     back.G = back.Q + LANES*whole(p.D)
     back.delta = back.G + LANES*whole(p.Dv)
-    back.ones = back.delta + LANES
+    back.trim = back.delta + LANES
+    back.ones = back.trim + LANES
     back.row_sums = back.ones + LANES
     back.dK = back.row_sums + LANES
     back.dV = back.dK + rows*whole(p.D)
@@ -100,10 +102,10 @@ cdef size_t lay_out_back(Back* back, const fastattn_problem* p, char* memory) no
 
 # --- one block of keys -----------------------------------------------------------------------------------------------
 
-cdef void score_gradients(real* P, real* dS, int vectors, Py_ssize_t n, const real* delta, const uint64_t* seen,
-                          const uint64_t* kept, real keep, int shift) noexcept nogil:
-    # dS = P (dS - delta), 0 where a lane does not see the key; seen may be NULL. So may kept, which says whose weights stay in
-    # a dropout: P and, before, dS are multiplied by keep or 0.
+cdef void score_gradients(real* P, real* dS, int vectors, Py_ssize_t n, const real* delta, const real* trim,
+                          const uint64_t* seen, const uint64_t* kept, real keep, int shift) noexcept nogil:
+    # dS = P (dS - delta) trim, 0 where a lane does not see the key; seen may be NULL. So may kept, which says whose weights
+    # stay in a dropout: P and, before, dS are multiplied by keep or 0.
     cdef Py_ssize_t j
     cdef int g
     cdef vf x, p
@@ -114,7 +116,7 @@ cdef void score_gradients(real* P, real* dS, int vectors, Py_ssize_t n, const re
             if kept != NULL:
                 x = v_mul(v_keep(x, kept[j] >> (shift + g*VL)), v_set1(keep))
                 v_store(P + g*VL, v_mul(v_keep(p, kept[j] >> (shift + g*VL)), v_set1(keep)))
-            x = v_mul(p, v_sub(x, v_load(delta + g*VL)))
+            x = v_mul(p, v_mul(v_sub(x, v_load(delta + g*VL)), v_load(trim + g*VL)))
             v_store(dS + g*VL, v_keep(x, seen[j] >> (shift + g*VL)) if seen != NULL else x)
         P += LANES
         dS += LANES
@@ -298,7 +300,7 @@ cdef void gradient_segment(Task* t, int first, int vectors, const Operands* of, 
         chain_n(vectors, of.v + begin*of.v_row, of.v_row, back.Gt + lane, p.Dv, dS, m, True, &t.later)
         if p.dropout != 0:
             kept_lanes(t, first, vectors, block + begin, m, kept)
-        score_gradients(P, dS, vectors, m, back.delta + lane, seen + begin if seen != NULL else NULL,
+        score_gradients(P, dS, vectors, m, back.delta + lane, back.trim + lane, seen + begin if seen != NULL else NULL,
                         kept if p.dropout != 0 else NULL, <real>p.keep, lane)
         if p.grad_bias.data != NULL or p.row_grad.data != NULL:
             add_bias_gradient(t, first, vectors, block + begin, m, dS)
@@ -356,7 +358,9 @@ cdef void rows_before(Task* t, bint begins) noexcept nogil:
     cdef const real* lse = <const real*>base_of(p, &p.lse, t.b, t.h, p.cu_q, False)
     cdef const real* grad_lse = NULL
     cdef real* delta = <real*>base_of(p, &p.delta, t.b, t.h, p.cu_q, False)
-    cdef double unit = 1/(<double>t.kappa*0.69314718055994530942)
+    cdef Py_ssize_t ldv = whole(p.Dv)
+    cdef Py_ssize_t d
+    cdef double nats = t.exact_kappa*0.69314718055994530942
     cdef double x
     if p.grad_lse.data != NULL:
         grad_lse = <const real*>base_of(p, &p.grad_lse, t.b, t.h, p.cu_q, False)
@@ -367,16 +371,20 @@ cdef void rows_before(Task* t, bint begins) noexcept nogil:
     back.finite = (all_finite(back.Q, whole(p.D), t.n_queries, p.D)
                    and all_finite(back.G, whole(p.Dv), t.n_queries, p.Dv))
     for i in range(t.n_queries):
-        x = inner_product(back.G + i*whole(p.Dv), out, (t.q_begin + i)*p.out.row, p.out.col, p.Dv, p.out.kind)
+        x = inner_product(back.G + i*ldv, out, (t.q_begin + i)*p.out.row, p.out.col, p.Dv, p.out.kind)
         if grad_lse != NULL:
             x -= grad_lse[(t.q_begin + i)*p.grad_lse.row]
         back.delta[i] = <real>x
         if begins:
             delta[(t.q_begin + i)*p.delta.row] = <real>x
         x = lse[(t.q_begin + i)*p.lse.row]
-        t.base[i] = <real>(x*unit) if x != -INFINITY else 0
+        t.base[i] = <real>(x/nats) if x != -INFINITY else 0
+        back.trim[i] = <real>exp(t.base[i]*nats - x) if x != -INFINITY else 1
+        for d in range(ldv):
+            back.G[i*ldv + d] *= back.trim[i]
     for i in range(t.n_queries, t.vectors*VL):
         back.delta[i] = 0
+        back.trim[i] = 1
         t.base[i] = 0
     for i in range(LANES):
         back.ones[i] = 1

@@ -46,6 +46,7 @@ cdef struct Task:
     const char* bias
     const uint8_t* mask
     real kappa                      # logits of S to exponents of 2; > 0
+    double exact_kappa
     bint cold                       # few blocks of queries share these keys: worth fetching the values early
     bint settled                    # no maximum has outgrown its reference yet: worth fusing
     bint cut                        # a value was multiplied by the weight 0 of a lane that does not see its key

@@ -330,6 +330,7 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, int64_
             kappa = 1
             sign = 0
     t.kappa = <real>kappa
+    t.exact_kappa = kappa
     if t.few:
         few_queries(t, q, sign)
         for at in range(2):
