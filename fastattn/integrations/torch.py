@@ -6,8 +6,8 @@
     with fastattn_torch.patch():            # whatever calls torch.nn.functional.scaled_dot_product_attention
         model(inputs)
 
-It is two operators of torch.library, which `torch.compile` keeps in its graphs: ``fastattn::attention`` and its derivative,
-whose own derivative is torch's, recomputed with L x S weights.
+It is two operators of torch.library, which `torch.compile` keeps in its graphs: ``fastattn::attention`` and its
+derivative, whose own derivative is torch's, recomputed with L x S weights.
 """
 
 import contextlib
