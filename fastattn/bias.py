@@ -38,11 +38,7 @@ class Bias:
         dtype = np.dtype(dtype)
         if math.prod(lead) * H * L * S == 0:
             return np.broadcast_to(dtype.type(0), (H, L, S))
-        offset = np.full((1,) * len(lead), S - L) if query_offset is None else query_offset.reshape(lead)
-        for axis in range(len(lead)):  # one table for all batches along an axis if they agree
-            first = offset.take([0], axis)
-            if (offset == first).all():
-                offset = first
+        offset = _offsets(lead, L, S, query_offset)
         with np.errstate(all="ignore"):
             values = self._values((S - 1 - offset)[..., None] - np.arange(L + S - 1))
             table = np.ascontiguousarray(values, dtype)
@@ -62,11 +58,7 @@ class Bias:
         Query i and key j add to element rows[i] + cols[j] of the n of their batch and head; lead is 1 where batches
         along an axis share them, and distance (*lead, n) says which j - p each is, or is None where `index` does.
         """
-        offset = np.full((1,) * len(lead), S - L) if query_offset is None else query_offset.reshape(lead)
-        for axis in range(len(lead)):
-            first = offset.take([0], axis)
-            if (offset == first).all():
-                offset = first
+        offset = _offsets(lead, L, S, query_offset)
         n = max(0, L + S - 1)
         return (np.arange(L) + (S - 1), -np.arange(S)), offset.shape, n, (S - 1 - offset)[..., None] - np.arange(n)
 
@@ -386,6 +378,16 @@ class _GridBias(RelativeBias):
 
     def __repr__(self):
         return f"<RelativeBias: {self.heads} heads, grid of {self.shape[0]} x {self.shape[1]}>"
+
+
+def _offsets(lead, L, S, query_offset):
+    """The offset of each batch, with one for all batches along an axis if they agree."""
+    offset = np.full((1,) * len(lead), S - L) if query_offset is None else query_offset.reshape(lead)
+    for axis in range(len(lead)):
+        first = offset.take([0], axis)
+        if (offset == first).all():
+            offset = first
+    return offset
 
 
 def _floats(name, value):

@@ -78,9 +78,9 @@ def flush(name, array, order="C"):
     return there
 
 
-# lse, and out where it is not given, come from here.
+# lse, gradients, and out where it is not given, come from here.
 results = itertools.count()
-checks.aligned_empty = lambda shape, dtype: place(("result", next(results) % 2), shape, dtype)
+checks.aligned_empty = lambda shape, dtype: place(("result", next(results) % 8), shape, dtype)
 
 POOL = rng.standard_normal(1 << 16).astype(dtype)
 BOOLS = rng.random(1 << 16) < 0.6
@@ -169,6 +169,31 @@ for L, S, D in itertools.product([1, 17, 66], [1, 40, 96, 97, 200], [1, 3, 16, 1
             fa.attention(q, k, v, out=out, window=9, query_offset=-5)
 """
 
+# Gradients: what they read of the saved results, and where they write.
+BACKWARD = """
+for L, S, D in itertools.product([1, 17, 64, 66, 130], [1, 5, 96, 97, 200], [1, 3, 8, 16, 17, 40]):
+    Dv = D + S % 3
+    for order in "CF":
+        case(L=L, S=S, D=D, Dv=Dv, order=order)
+        q = flush("query", some(2, 2, L, D), order)
+        k = flush("key", some(2, 1, S, D), order)
+        v = flush("value", some(2, 1, S, Dv), order)
+        form = [(L, S), (2, L, S), (1, S), (L, 1)][(L + S + D) % 4]
+        options = [{}, {"causal": True, "softcap": 3.0}, {"dropout_p": 0.3, "seed": 1, "window": 9},
+                   {"mask": flush("mask", some(L, S, pool=BOOLS), order), "kv_lengths": [S // 2, S]},
+                   {"bias": flush("bias", some(*form), order), "query_lengths": [L, L // 2]},
+                   {"bias": fa.ALiBi(np.ones(2)), "sinks": flush("sinks", some(2))}]
+        for number, more in enumerate(options):
+            case(L=L, S=S, D=D, Dv=Dv, order=order, number=number)
+            out, lse = (x.copy() for x in fa.attention(q, k, v, return_lse=True, **more))
+            g = flush("grad_out", some(2, 2, L, Dv), order)
+            out, lse = flush("saved", out, order), flush("lse", lse)
+            fa.attention_backward(g, q, k, v, out, lse, grad_lse=flush("grad_lse", lse), **more)
+        k[0, 0, S // 2, 0] = v[1, 0, S - 1, 0] = q[0, 1, L // 2, 0] = np.nan
+        out, lse = (x.copy() for x in fa.attention(q, k, v, return_lse=True, **options[3]))
+        fa.attention_backward(g, q, k, v, flush("saved", out, order), flush("lse", lse), **options[3])
+"""
+
 
 def run(tmp_path, body, *arguments):
     """(return code, last case, errors) of a child that runs HARNESS and `body`."""
@@ -191,8 +216,8 @@ def assert_survives(tmp_path, body, seed, side, dtype):
 @pytest.mark.compiled
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("side", ["begin", "end"])
-@pytest.mark.parametrize("body", [EVERY_S_AND_D, EVERY_L, STEPS, RARE_PATHS],
-                         ids=["every S and D", "every L", "steps", "rare paths"])
+@pytest.mark.parametrize("body", [EVERY_S_AND_D, EVERY_L, STEPS, RARE_PATHS, BACKWARD],
+                         ids=["every S and D", "every L", "steps", "rare paths", "backward"])
 def test_nothing_outside_the_arrays_is_touched(body, side, dtype, tmp_path, seed):
     assert_survives(tmp_path, body, seed, side, dtype)
 
