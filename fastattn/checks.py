@@ -291,8 +291,11 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
 GRADIENT_PARTS = 8  # at least, of the sums over diagonals
 
 
-def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bias=None, **options):
-    """Check the arguments of `attention_backward`, which documents them, and return the `Problem` they describe."""
+def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bias=None, of_bias=True, **options):
+    """Check the arguments of `attention_backward`, which documents them, and return the `Problem` they describe.
+
+    Without `of_bias`, the gradient of a bias is left out.
+    """
     p = problem(query, key, value, bias=bias, results=False, **options)
     if p.dropout and options.get("seed") is None:
         raise ValueError("seed must be that of the forward pass where there is a dropout, got None")
@@ -331,7 +334,9 @@ def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bi
     p.delta = as_problem(sums["delta"])
     p.grad_bias = p.grad_index = p.row_grad = None
     p.parts, p.serial = 0, False
-    if isinstance(bias, Bias):
+    if bias is None or not of_bias:
+        pass
+    elif isinstance(bias, Bias):
         batches, offset = ((1,) * len(lead), None) if nothing else (lead, p.bias_offset)
         p.grad_index, own, n, sums["distance"] = bias.diagonals(batches, p.L, p.S, offset)
         p.grad_index = tuple(np.ascontiguousarray(index, np.int64) for index in p.grad_index)
@@ -340,7 +345,7 @@ def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bi
         sums["bias"] = np.zeros((p.parts, *own, H, n), inside)
         p.grad_bias = _to_be_summed(sums["bias"][..., None, :], (p.parts, *batches, H, 1, n))
         p.serial = own != lead
-    elif bias is not None:
+    else:
         full = lead + (H, p.L, p.S)
         own = (1,) * (len(full) - np.ndim(bias)) + np.shape(bias)
         if own[-1] == 1 and p.S != 1:

@@ -76,7 +76,7 @@ def attention_backward(grad_out, query, key, value, out, lse, *, grad_lse=None, 
     array([[0.5],
            [0.5]])
     """
-    return _backward(
+    return backward(
         None, grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask, bias=bias, causal=causal,
         window=window, query_offset=query_offset, query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale,
         softcap=softcap, sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed,
@@ -115,13 +115,17 @@ def varlen_attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_
     >>> grads.key.shape
     (5, 4, 8)
     """
-    return _backward((cu_seqlens_q, cu_seqlens_k), grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask,
+    return backward((cu_seqlens_q, cu_seqlens_k), grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask,
                      bias=bias, causal=causal, window=window, query_offset=query_offset, query_lengths=query_lengths,
                      kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks, normalizer=normalizer,
                      dropout_p=dropout_p, seed=seed, deterministic=deterministic, num_threads=num_threads)
 
 
-def _backward(packed, grad_out, query, key, value, out, lse, *, bias, sinks, **options):
+def backward(packed, grad_out, query, key, value, out, lse, *, bias, sinks, **options):
+    """`attention_backward` by its arguments, `packed` being a pair of cu_seqlens or None.
+
+    With ``of_bias=False`` among the options, the gradient of a bias is left out.
+    """
     problem = checks.gradient_problem(grad_out, query, key, value, out, lse, bias=bias, sinks=sinks, packed=packed,
                                       **options)
     _runtime.backward(problem)
@@ -132,9 +136,11 @@ def gradients(problem, query, key, value, bias, sinks):
     """What is left to do with the sums of a problem, for arguments as they were given."""
     sums = problem.returned
     of_bias = of_sinks = None
-    if isinstance(bias, Bias):
+    if not sums.keys() & {"bias", "rows"}:
+        pass
+    elif isinstance(bias, Bias):
         of_bias = bias.gradient(sums["bias"].sum(axis=0, dtype=np.float64), sums["distance"])
-    elif bias is not None:
+    else:
         array = checks._array("bias", bias)
         of_bias = _of_rows(problem, sums["rows"]) if "rows" in sums else sums["bias"]
         of_bias = _reduced(of_bias, array.shape).astype(array.dtype, copy=False)

@@ -15,7 +15,7 @@ import contextlib
 import numpy as np
 import torch
 
-from .. import attention, attention_backward, checks, reference
+from .. import attention, checks, gradient, reference
 
 _BITS = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 _original = torch.nn.functional.scaled_dot_product_attention
@@ -63,10 +63,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     mask = bias = None
     if attn_mask is not None:
         mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64) if dropout_p > 0.0 else None
-    if scale is None:
-        scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
-    return _attention(query, key, value, bias, mask, seed, bool(is_causal), float(scale), float(dropout_p))[0]
+    seed = new_seed() if dropout_p > 0.0 else None
+    return operator(query, key, value, bias, mask, None, seed, bool(is_causal), scale, None, float(dropout_p))[0]
 
 
 @contextlib.contextmanager
@@ -125,8 +123,23 @@ def _tensor(array):
     return torch.from_numpy(array)
 
 
-def _options(query, bias, mask, seed, is_causal, scale, dropout_p):
-    options = {"bias": _array(bias), "mask": _array(mask), "scale": scale, "num_threads": torch.get_num_threads()}
+def new_seed():
+    """A seed for dropout from torch's generator, as an operator takes it."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+
+
+def _empty_out(query, key, value):
+    """Where out goes: heads inside rows where query's are, so that what joins them need not copy."""
+    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    shape = *lead, *query.shape[-3:-1], value.shape[-1]
+    if query.dim() >= 3 and query.stride(-3) < query.stride(-2):
+        return query.new_empty((*shape[:-3], shape[-2], shape[-3], shape[-1])).transpose(-3, -2)
+    return query.new_empty(shape)
+
+
+def _options(bias, mask, sinks, seed, is_causal, scale, softcap, dropout_p):
+    options = {"bias": _array(bias), "mask": _array(mask), "sinks": _array(sinks), "scale": scale, "softcap": softcap,
+               "num_threads": torch.get_num_threads()}
     if is_causal:
         options |= {"causal": True, "query_offset": 0}
     if dropout_p > 0.0:
@@ -137,79 +150,89 @@ def _options(query, bias, mask, seed, is_causal, scale, dropout_p):
 # --- operators ---
 
 @torch.library.custom_op("fastattn::attention", mutates_args=())
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None,
-               mask: torch.Tensor | None, seed: torch.Tensor | None, is_causal: bool, scale: float,
-               dropout_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = attention(_array(query), _array(key), _array(value), return_lse=True,
-                         **_options(query, bias, mask, seed, is_causal, scale, dropout_p))
-    return _tensor(out), _tensor(lse)
+def operator(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None,
+    sinks: torch.Tensor | None, seed: torch.Tensor | None, is_causal: bool, scale: float | None, softcap: float | None,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of `fastattn.attention` with its options as tensors; is_causal counts from the first query and key."""
+    out = _empty_out(query, key, value)
+    _, lse = attention(_array(query), _array(key), _array(value), out=_array(out), return_lse=True,
+                       **_options(bias, mask, sinks, seed, is_causal, scale, softcap, dropout_p))
+    return out, _tensor(lse)
 
 
-@_attention.register_fake
-def _(query, key, value, bias, mask, seed, is_causal, scale, dropout_p):
-    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    rows = (*lead, *query.shape[-3:-1])
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty((*rows, value.shape[-1])), query.new_empty(rows, dtype=wide)
+@operator.register_fake
+def _(query, key, value, bias, mask, sinks, seed, is_causal, scale, softcap, dropout_p):
+    out = _empty_out(query, key, value)
+    return out, out.new_empty(out.shape[:-1], dtype=torch.float64 if out.dtype == torch.float64 else torch.float32)
 
 
 @torch.library.custom_op("fastattn::attention_backward", mutates_args=())
-def _attention_backward(
+def operator_backward(
     grad_out: torch.Tensor, grad_lse: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    out: torch.Tensor, lse: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None,
-    seed: torch.Tensor | None, is_causal: bool, scale: float, dropout_p: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    gradients = attention_backward(
-        *map(_array, (grad_out, query, key, value, out, lse)), grad_lse=_array(grad_lse),
-        **_options(query, bias, mask, seed, is_causal, scale, dropout_p))
-    of_bias = query.new_empty(0) if bias is None else _tensor(gradients.bias)
-    return _tensor(gradients.query), _tensor(gradients.key), _tensor(gradients.value), of_bias
+    out: torch.Tensor, lse: torch.Tensor, of_bias: bool, bias: torch.Tensor | None, mask: torch.Tensor | None,
+    sinks: torch.Tensor | None, seed: torch.Tensor | None, is_causal: bool, scale: float | None, softcap: float | None,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key, value, bias and sinks; empty tensors where there is none, or without `of_bias`."""
+    gradients = gradient.backward(
+        None, *map(_array, (grad_out, query, key, value, out, lse)), grad_lse=_array(grad_lse), of_bias=of_bias,
+        **_options(bias, mask, sinks, seed, is_causal, scale, softcap, dropout_p))
+    return tuple(query.new_empty(0) if x is None else _tensor(x) for x in gradients)
 
 
-@_attention_backward.register_fake
-def _(grad_out, grad_lse, query, key, value, out, lse, bias, mask, seed, is_causal, scale, dropout_p):
-    of_bias = query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), of_bias
+@operator_backward.register_fake
+def _(grad_out, grad_lse, query, key, value, out, lse, of_bias, bias, mask, sinks, *options):
+    inputs = query, key, value, bias if of_bias else None, sinks
+    return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _save(ctx, inputs, output):
-    query, key, value, bias, mask, seed, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, *output, bias, mask, seed)
+    query, key, value, bias, mask, sinks, seed, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, *output, bias, mask, sinks, seed)
 
 
 def _backward(ctx, grad_out, grad_lse):
-    query, key, value, out, lse, bias, mask, seed = ctx.saved_tensors
+    query, key, value, out, lse, bias, mask, sinks, seed = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    dq, dk, dv, of_bias = _attention_backward(grad_out, grad_lse, query, key, value, out, lse, bias, mask, seed,
-                                              *ctx.options)
-    return dq, dk, dv, None if bias is None else of_bias, None, None, None, None, None
+    of_bias = bias is not None and ctx.needs_input_grad[3]
+    dq, dk, dv, d_bias, d_sinks = operator_backward(grad_out, grad_lse, query, key, value, out, lse, of_bias, bias,
+                                                    mask, sinks, seed, *ctx.options)
+    d_bias, d_sinks = d_bias if of_bias else None, None if sinks is None else d_sinks
+    return dq, dk, dv, d_bias, None, d_sinks, None, None, None, None, None
 
 
-_attention.register_autograd(_backward, setup_context=_save)
+operator.register_autograd(_backward, setup_context=_save)
 
 
 # --- the second derivative, by torch ---
 
 def _save_all(ctx, inputs, output):
-    grad_out, grad_lse, query, key, value, _, _, bias, mask, seed, *ctx.options = inputs
-    ctx.save_for_backward(grad_out, grad_lse, query, key, value, bias, mask, seed)
+    grad_out, grad_lse, query, key, value, _, _, _, bias, mask, sinks, seed, *ctx.options = inputs
+    ctx.save_for_backward(grad_out, grad_lse, query, key, value, bias, mask, sinks, seed)
 
 
-def _written_out(query, key, value, bias, mask, seed, is_causal, scale, dropout_p):
+def _written_out(query, key, value, bias, mask, sinks, seed, is_causal, scale, softcap, dropout_p):
     """(out, lse) in torch's own operations, which differentiate any number of times."""
     group = query.shape[-3] // key.shape[-3] if query.dim() > 2 and key.shape[-3] else 1
     if group > 1:
         key, value = (x.repeat_interleave(group, -3) for x in (key, value))
-    scores = scale * (query @ key.mT)
+    scores = (query.shape[-1] ** -0.5 if scale is None else scale) * (query @ key.mT)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     if bias is not None:
         scores = scores + bias
     if is_causal:
         L, S = scores.shape[-2:]
-        mask = torch.ones(L, S, dtype=torch.bool).tril()
+        seen = torch.ones(L, S, dtype=torch.bool).tril()
+        mask = seen if mask is None else mask & seen
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(-1)
+    if sinks is not None:
+        lse = lse.logaddexp(sinks[:, None].to(lse.dtype))
     weights = (scores - lse.where(lse > -torch.inf, 0)[..., None]).exp()
     if dropout_p > 0.0:
         weights = weights * _dropout(weights.detach(), seed, dropout_p)
@@ -232,22 +255,21 @@ def _(weights, seed, dropout_p):
 
 
 def _double_backward(ctx, *grads):
-    grad_out, grad_lse, query, key, value, bias, mask, seed = ctx.saved_tensors
+    *leaves, mask, seed = (ctx.saved_tensors[i] for i in (0, 1, 2, 3, 4, 5, 7, 6, 8))
     with torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_()
-                  for x in (grad_out, grad_lse, query, key, value, bias)]
-        grad_out, grad_lse, query, key, value, bias = leaves
-        out, lse = _written_out(query, key, value, bias, mask, seed, *ctx.options)
+        leaves = [None if x is None else x.detach().requires_grad_() for x in leaves]
+        grad_out, grad_lse, query, key, value, bias, sinks = leaves
+        out, lse = _written_out(query, key, value, bias, mask, sinks, seed, *ctx.options)
         total = (out * grad_out).sum()
         if grad_lse is not None:
             total = total + (lse * grad_lse).where(lse > -torch.inf, 0).sum()
-        of = [x for x in (query, key, value, bias) if x is not None]
-        first = torch.autograd.grad(total, of, create_graph=True)
-        pairs = [(x, g) for x, g in zip(first, grads) if g is not None]
+        given = [(x, grad) for x, grad in zip((query, key, value, bias, sinks), grads) if x is not None]
+        first = torch.autograd.grad(total, [x for x, _ in given], create_graph=True)
+        pairs = [(x, grad) for x, (_, grad) in zip(first, given) if grad is not None and grad.numel() == x.numel()]
         at = [x for x in leaves if x is not None]
         second = iter(torch.autograd.grad([x for x, _ in pairs], at, [g for _, g in pairs], allow_unused=True))
-    d_out, d_lse, dq, dk, dv, of_bias = (None if x is None else next(second) for x in leaves)
-    return d_out, d_lse, dq, dk, dv, None, None, of_bias, None, None, None, None, None
+    d_out, d_lse, dq, dk, dv, d_bias, d_sinks = (None if x is None else next(second) for x in leaves)
+    return d_out, d_lse, dq, dk, dv, None, None, None, d_bias, None, d_sinks, None, None, None, None, None
 
 
-_attention_backward.register_autograd(_double_backward, setup_context=_save_all)
+operator_backward.register_autograd(_double_backward, setup_context=_save_all)

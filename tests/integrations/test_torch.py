@@ -55,33 +55,40 @@ SMALL = (2, 2, 3, 2), (2, 2, 4, 2), 2
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": -0.4}, {"mask": True}, {"bias": True},
-                                     {"gqa": True}, {"dropout_p": 0.4}], ids=str)
+                                     {"mask": True, "bias": True}, {"gqa": True}, {"dropout_p": 0.4}, {"softcap": 0.8},
+                                     {"sinks": True}, {"softcap": 1.5, "sinks": True, "bias": True}], ids=str)
 def test_gradcheck(options):
     q, k, dv = SMALL
     inputs = tensors(q, (2, 1, 4, 2) if options.get("gqa") else k, dv)
     mask = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 0, 1]], dtype=torch.bool) if options.get("mask") else None
-    if options.get("bias"):
-        inputs.append(torch.randn(2, 1, 4, dtype=torch.float64, requires_grad=True))
+    inputs.append(torch.randn(2, 1, 4, dtype=torch.float64, requires_grad=True) if options.get("bias") else None)
+    inputs.append(torch.randn(2, dtype=torch.float64, requires_grad=True) if options.get("sinks") else None)
     seed = torch.tensor(5) if "dropout_p" in options else None
-    rest = options.get("is_causal", False), options.get("scale", 0.7), options.get("dropout_p", 0.0)
+    rest = (options.get("is_causal", False), options.get("scale", 0.7), options.get("softcap"),
+            options.get("dropout_p", 0.0))
 
-    def call(query, key, value, bias=None):
-        return ours._attention(query, key, value, bias, mask, seed, *rest)
+    def call(query, key, value, bias, sinks):
+        return ours.operator(query, key, value, bias, mask, sinks, seed, *rest)
 
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"bias": True}, {"dropout_p": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"bias": True}, {"dropout_p": 0.3}, {"sinks": True},
+                                     {"heads_inside": True}], ids=str)
 def test_opcheck(options):
     inputs = tensors(*SMALL)
+    if options.get("heads_inside"):
+        inputs = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
     bias = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) if options.get("bias") else None
     seed = torch.tensor(5) if "dropout_p" in options else None
-    rest = bias, None, seed, options.get("is_causal", False), 0.7, options.get("dropout_p", 0.0)
-    torch.library.opcheck(ours._attention, (*inputs, *rest))
-    out, lse = (x.detach() for x in ours._attention(*inputs, *rest))
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True) if options.get("sinks") else None
+    rest = bias, None, sinks, seed, options.get("is_causal", False), 0.7, None, options.get("dropout_p", 0.0)
+    torch.library.opcheck(ours.operator, (*inputs, *rest))
+    out, lse = (x.detach() for x in ours.operator(*inputs, *rest))
     inputs = [x.detach().requires_grad_() for x in inputs]
-    torch.library.opcheck(ours._attention_backward, (torch.ones_like(out), None, *inputs, out, lse, *rest))
+    rest = torch.ones_like(out), None, *inputs, out, lse, bias is not None, *rest
+    torch.library.opcheck(ours.operator_backward, rest)
 
 
 def test_dropout():
