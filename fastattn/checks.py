@@ -291,10 +291,12 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
 GRADIENT_PARTS = 8  # at least, of the sums over diagonals
 
 
-def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bias=None, of_bias=True, **options):
+def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bias=None, of_bias=True,
+                     into=(None, None, None), **options):
     """Check the arguments of `attention_backward`, which documents them, and return the `Problem` they describe.
 
-    Without `of_bias`, the gradient of a bias is left out.
+    Without `of_bias`, the gradient of a bias is left out. `into` holds arrays for the gradients of query, key and
+    value, each as its argument: the sums are made there if they can be, which saves a copy.
     """
     p = problem(query, key, value, bias=bias, results=False, **options)
     if p.dropout and options.get("seed") is None:
@@ -321,16 +323,16 @@ def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bi
     p.lse = given("lse", lse, shape[:-1], inside)
     p.grad_lse = None if grad_lse is None else given("grad_lse", grad_lse, shape[:-1], inside)
 
-    def new(make, H, n, *columns):
-        return make((n, H, *columns) if packed else (n, *columns) if flat else lead + (H, n, *columns), inside)
+    def of(H, n, *columns):
+        return (n, H, *columns) if packed else (n, *columns) if flat else lead + (H, n, *columns)
 
     # Arguments that were broadcast have the sum over the batches, which `gradients` takes.
     nothing = 0 in (*lead, H, p.L, p.S)
-    empty = np.zeros if nothing else aligned_empty
-    sums = {"query": new(empty, H, rows, D), "key": new(empty, Hkv, keys, D), "value": new(empty, Hkv, keys, Dv)}
+    sums = {name: _place(given, size, inside, nothing) for name, size, given in
+            zip(("query", "key", "value"), (of(H, rows, D), of(Hkv, keys, D), of(Hkv, keys, Dv)), into)}
     p.grad_query, p.grad_key, p.grad_value = map(as_problem, sums.values())
     sums["lse"] = lse if isinstance(lse, np.ndarray) else _array("lse", lse)
-    sums["delta"] = new(np.zeros, H, rows) if grad_lse is None else np.negative(grad_lse, dtype=inside)
+    sums["delta"] = np.zeros(of(H, rows), inside) if grad_lse is None else np.negative(grad_lse, dtype=inside)
     p.delta = as_problem(sums["delta"])
     p.grad_bias = p.grad_index = p.row_grad = None
     p.parts, p.serial = 0, False
@@ -349,7 +351,7 @@ def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bi
         full = lead + (H, p.L, p.S)
         own = (1,) * (len(full) - np.ndim(bias)) + np.shape(bias)
         if own[-1] == 1 and p.S != 1:
-            sums["rows"] = new(np.zeros, H, rows)
+            sums["rows"] = np.zeros(of(H, rows), inside)
             p.row_grad = as_problem(sums["rows"])
         else:
             sums["bias"] = np.zeros(own, inside)
@@ -357,6 +359,13 @@ def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bi
             p.serial = own[:-3] != lead or (own[-3] != H and Hkv > 1)
     p.returned = sums
     return p
+
+
+def _place(given, shape, dtype, zero):
+    """An array to be filled, or zeros: the given one, where sums can be made in it."""
+    if given is None or zero or (given.shape, given.dtype) != (shape, dtype) or given.strides[-1] != given.itemsize:
+        return (np.zeros if zero else aligned_empty)(shape, dtype)
+    return given
 
 
 REDUCTIONS = {None: 1, "sum": 2, "max": 3, "entropy": 4, "top_k": 5}

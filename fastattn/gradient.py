@@ -121,15 +121,20 @@ def varlen_attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_
                      dropout_p=dropout_p, seed=seed, deterministic=deterministic, num_threads=num_threads)
 
 
-def backward(packed, grad_out, query, key, value, out, lse, *, bias, sinks, **options):
+def backward(packed, grad_out, query, key, value, out, lse, *, bias, sinks, into=(None, None, None), **options):
     """`attention_backward` by its arguments, `packed` being a pair of cu_seqlens or None.
 
-    With ``of_bias=False`` among the options, the gradient of a bias is left out.
+    With ``of_bias=False`` among the options, the gradient of a bias is left out. `into` holds arrays that receive the
+    gradients of query, key and value, each as its argument, or None.
     """
     problem = checks.gradient_problem(grad_out, query, key, value, out, lse, bias=bias, sinks=sinks, packed=packed,
-                                      **options)
+                                      into=into, **options)
     _runtime.backward(problem)
-    return gradients(problem, query, key, value, bias, sinks)
+    result = gradients(problem, query, key, value, bias, sinks)
+    for given, array in zip(into, result):
+        if given is not None and not np.may_share_memory(given, array):
+            given[...] = array
+    return result
 
 
 def gradients(problem, query, key, value, bias, sinks):

@@ -128,13 +128,20 @@ def new_seed():
     return torch.randint(2**63 - 1, (), dtype=torch.int64)
 
 
+def _empty(tensor, shape):
+    """A new tensor with heads inside rows where the tensor's are: what joins the heads again need not copy."""
+    if tensor.dim() >= 3 and tensor.stride(-3) < tensor.stride(-2):
+        return tensor.new_empty((*shape[:-3], shape[-2], shape[-3], shape[-1])).transpose(-3, -2)
+    return tensor.new_empty(shape)
+
+
+def _empty_like(tensor):
+    return _empty(tensor, tensor.shape)
+
+
 def _empty_out(query, key, value):
-    """Where out goes: heads inside rows where query's are, so that what joins them need not copy."""
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    shape = *lead, *query.shape[-3:-1], value.shape[-1]
-    if query.dim() >= 3 and query.stride(-3) < query.stride(-2):
-        return query.new_empty((*shape[:-3], shape[-2], shape[-3], shape[-1])).transpose(-3, -2)
-    return query.new_empty(shape)
+    return _empty(query, (*lead, *query.shape[-3:-1], value.shape[-1]))
 
 
 def _options(bias, mask, sinks, seed, is_causal, scale, softcap, dropout_p):
@@ -176,16 +183,17 @@ def operator_backward(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value, bias and sinks; empty tensors where there is none, or without `of_bias`."""
+    results = [_empty_like(x) for x in (query, key, value)]
     gradients = gradient.backward(
         None, *map(_array, (grad_out, query, key, value, out, lse)), grad_lse=_array(grad_lse), of_bias=of_bias,
-        **_options(bias, mask, sinks, seed, is_causal, scale, softcap, dropout_p))
-    return tuple(query.new_empty(0) if x is None else _tensor(x) for x in gradients)
+        into=[_array(x) for x in results], **_options(bias, mask, sinks, seed, is_causal, scale, softcap, dropout_p))
+    return *results, *(query.new_empty(0) if x is None else _tensor(x) for x in (gradients.bias, gradients.sinks))
 
 
 @operator_backward.register_fake
 def _(grad_out, grad_lse, query, key, value, out, lse, of_bias, bias, mask, sinks, *options):
-    inputs = query, key, value, bias if of_bias else None, sinks
-    return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+    return (*map(_empty_like, (query, key, value)),
+            *(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias if of_bias else None, sinks)))
 
 
 def _save(ctx, inputs, output):

@@ -51,6 +51,31 @@ def test_no_copy():
     assert all(torch.equal(x, y) for x, y in zip((q, k, v), before))
 
 
+def test_layout():
+    """Results have their heads where the arguments have them: inside rows, and outside."""
+    for swapped in (False, True):
+        q, k, v = tensors((2, 20, 4, 8) if swapped else (2, 4, 20, 8), (2, 30, 4, 8) if swapped else (2, 4, 30, 8), 8)
+        inputs = [x.transpose(1, 2) if swapped else x for x in (q, k, v)]
+        out = ours.scaled_dot_product_attention(*inputs)
+        for x in (out, *torch.autograd.grad(out, inputs, torch.ones_like(out))):
+            assert x.transpose(1, 2).is_contiguous() == swapped and x.is_contiguous() != swapped
+
+
+def test_masks_that_are_added_have_a_gradient_when_asked(monkeypatch):
+    wanted = []
+    inner = ours.gradient.backward
+    monkeypatch.setattr(ours.gradient, "backward",
+                        lambda *args, of_bias, **rest: wanted.append(of_bias) or inner(*args, of_bias=of_bias, **rest))
+    inputs = tensors((2, 4, 20, 8), (2, 4, 30, 8), 8)
+    bias = torch.randn(20, 30, dtype=torch.float64)
+    ours.scaled_dot_product_attention(*inputs, attn_mask=bias).sum().backward()
+    plain = [x.grad.clone() for x in inputs]
+    bias.requires_grad_()
+    ours.scaled_dot_product_attention(*inputs, attn_mask=bias).sum().backward()
+    assert wanted == [False, True] and bias.grad.shape == bias.shape
+    assert all(torch.equal(2 * x, y.grad) for x, y in zip(plain, inputs))
+
+
 SMALL = (2, 2, 3, 2), (2, 2, 4, 2), 2
 
 
