@@ -235,6 +235,10 @@ GRADIENT_WINDOW = Row(1, 4, 8192, 64), 128
 WINDOW_OVER_SHARE = 1.4
 GRADIENT_MEMORY = Row(1, 8, 8192, 64)
 GRADIENT_BYTES = 16 << 20
+LOSS_TOLERANCE = 1e-4  # relative, of each of the steps
+TRAINING_OVER_TORCH = 2.0  # attention's part of training
+MODEL_LENGTHS = (512, 1024)
+MODEL_TOLERANCE = 5e-6  # of the largest value of the output
 
 # The short run: the same code on small problems, for CI. 1, primes, a tile and one more, odd head sizes.
 SHORT_SHAPES = (

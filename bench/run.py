@@ -766,6 +766,61 @@ def gradient_options(run):
         yield at_most(what, cases.GRADIENT_BYTES / 2**20, int(result.stdout) / 2**20, " MiB")
 
 
+def training(run):
+    """A GPT of 10 M parameters trained by fastattn's attention and by torch's: losses, and time."""
+    what = "GPT, 4 layers, 4 x 512 words, 50 steps"
+    try:
+        import models
+        import torch
+
+        from fastattn.integrations import torch as ours
+    except ImportError as missing:
+        yield not_measured(what, f"≥ {cases.TRAINING_OVER_TORCH:.4g} × torch", str(missing))
+        return
+    torch.set_num_threads(run.threads)
+    attends = {"fastattn": ours.scaled_dot_product_attention, "torch": torch.nn.functional.scaled_dot_product_attention}
+    parameters, losses, attention, whole = models.train(attends)
+    mine, theirs = (np.array(losses[name]) for name in ("fastattn", "torch"))
+    worst = float(np.abs(mine / theirs - 1).max())
+    what += f", {parameters * 1e-6:.1f} M parameters"
+    yield at_most(f"{what}, losses against torch's ({mine[0]:.2f} to {mine[-1]:.2f})", cases.LOSS_TOLERANCE, worst)
+    yield at_least(f"{what}, time in attention against torch's", cases.TRAINING_OVER_TORCH,
+                   attention["torch"] / attention["fastattn"], " × torch",
+                   f" ({attention['fastattn'] / whole['fastattn']:.0%} of {whole['fastattn']:.1f} s, "
+                   f"torch {attention['torch'] / whole['torch']:.0%} of {whole['torch']:.1f} s)")
+
+
+def pretrained(run):
+    """Models of transformers by attn_implementation "fastattn" and by "sdpa", from end to end."""
+    try:
+        import models
+        import torch
+
+        import fastattn.integrations.transformers  # noqa: F401
+    except ImportError as missing:
+        yield not_measured("models of transformers", "faster than sdpa", str(missing))
+        return
+    torch.set_num_threads(run.threads)
+    for S in cases.MODEL_LENGTHS:
+        for name, model, inputs in bench.progress(list(models.pretrained(S))):
+            model.eval()
+
+            def by(implementation, model=model, inputs=inputs):
+                models.attend_by(model, implementation)
+                model(**inputs)
+
+            with torch.no_grad():
+                worst = models.largest_errors(model, inputs, ("fastattn",))["fastattn"]
+                if not worst <= cases.MODEL_TOLERANCE:
+                    yield wrong(f"{name}, {S}", worst)
+                    continue
+                calls = {kind: partial(by, kind) for kind in ("fastattn", "sdpa", "eager")}
+                stats = {kind: s.median for kind, s in bench.interleave(calls, run.budget).items()}
+            mine = stats["fastattn"]
+            yield at_least(f"{name} of transformers, S = {S}, from end to end", 1.0, stats["sdpa"] / mine, " × sdpa",
+                           f" ({1e3 * mine:.0f} ms, {stats['eager'] / mine:.2f} × eager)")
+
+
 def short(run):
     """Small problems, results only; and the comparator refuses results that are wrong by little."""
     row = cases.Row(1, 2, 64, 64)
@@ -783,7 +838,8 @@ def short(run):
 
 
 CHECKS = [grid, long, options, window_peers, packed, compiling, weights, float64, decode, small_decode, paged, latent,
-          half_grid, half, cliff, append, gradient_grid, gradient_options, tiny, forced, threads, after_matmul, scratch,
+          half_grid, half, cliff, append, gradient_grid, gradient_options, training,
+          pretrained, tiny, forced, threads, after_matmul, scratch,
           imports, wheel]
 SHORT_CHECKS = [short, options, decode, gradient_grid, scratch, imports]
 
