@@ -173,7 +173,7 @@ cdef void work_off(Work* work) noexcept nogil:
     while work.p.stop[0] == 0:
         n = fastattn_add(&work.next, 0)
         n = max(<int64_t>1, min(<int64_t>RUN, (work.n_tasks - n)//(8*fastattn_team())))
-        if work.p.reduce == FASTATTN_GRADIENT:      # tasks wait for earlier ones
+        if work.p.reduce == FASTATTN_GRADIENT and work.p.chunks > 1:    # tasks wait for earlier ones
             n = 1
         first = fastattn_add(&work.next, n)
         if first >= work.n_tasks:

@@ -26,7 +26,9 @@ cdef struct Back:
     real* dS                        # [BLOCK][LANES]
     real* slope                     # [BLOCK][LANES] 1 - (y / cap)^2
     real* dQt                       # [D][LANES]
-    real* Q                         # [LANES][D'] the block's queries, rows of whole vectors
+    real* room                      # [LANES][D'] for queries that are packed
+    const real* Q                   # the block's queries, rows of whole vectors, ldq apart: where they lie if that is so
+    Py_ssize_t ldq
     real* G                         # [LANES][Dv'] grad_out
     real* delta
     real* trim                      # what the rounding of base took from P; G has it too
@@ -40,6 +42,24 @@ cdef struct Back:
 
 cdef inline int64_t query_blocks(const fastattn_problem* p, int64_t b) noexcept nogil:
     return (rows_of_batch(p.cu_q, b, p.L) + LANES - 1)//LANES
+
+
+cdef void place_queries(const fastattn_problem* p, Place* place, int64_t q_block) noexcept nogil:
+    # The rows of a block: vectors are shared out evenly, but where tiles of a mask want whole groups of rows.
+    cdef int64_t L = rows_of_batch(p.cu_q, place.b, p.L)
+    cdef int64_t n_vectors = (L + VL - 1)//VL
+    cdef int64_t n_blocks = query_blocks(p, place.b)
+    if p.tiles.first != NULL:
+        place.q_begin = q_block*LANES
+        place.q_end = min(L, place.q_begin + LANES)
+    else:
+        place.q_begin = n_vectors*q_block//n_blocks*VL
+        place.q_end = min(L, n_vectors*(q_block + 1)//n_blocks*VL)
+
+
+cdef inline int64_t block_of(const Place* place) noexcept nogil:
+    # Its number, however they are shared out: a block ends behind the first row of the one of that number were all full.
+    return (place.q_end - 1)//LANES
 
 
 cdef inline int64_t key_blocks(const fastattn_problem* p) noexcept nogil:
@@ -88,8 +108,8 @@ cdef size_t lay_out_back(Back* back, const fastattn_problem* p, char* memory) no
     back.dS = back.Gt + aligned(p.Dv*LANES)
     back.slope = back.dS + BLOCK*LANES
     back.dQt = back.slope + (BLOCK*LANES if p.softcap > 0 else 0)
-    back.Q = back.dQt + aligned(p.D*LANES)
-    back.G = back.Q + LANES*whole(p.D)
+    back.room = back.dQt + aligned(p.D*LANES)
+    back.G = back.room + LANES*whole(p.D)
     back.delta = back.G + LANES*whole(p.Dv)
     back.trim = back.delta + LANES
     back.ones = back.trim + LANES
@@ -197,7 +217,7 @@ cdef void add_bias_gradient(Task* t, int first, int vectors, int64_t key, Py_ssi
 
 
 cdef void sum_seen_rows(const real* A, const uint64_t* words, Py_ssize_t lane, Py_ssize_t n, const real* B, Py_ssize_t ldb,
-                        Py_ssize_t m, real* C, Py_ssize_t columns) noexcept nogil:
+                        real* C, Py_ssize_t m, Py_ssize_t columns) noexcept nogil:
     # C[j] += sum of A[j, i] B[i] over the lanes i < n that see key j: as product_rows, but careful
     cdef Py_ssize_t i, j, d
     cdef vf acc
@@ -208,7 +228,7 @@ cdef void sum_seen_rows(const real* A, const uint64_t* words, Py_ssize_t lane, P
             for i in range(n):
                 if words[j] >> (lane + i) & 1:
                     acc = v_fma(v_set1(A[j*LANES + i]), v_load(B + i*ldb + d), acc)
-            v_store(C + j*ldb + d, v_add(v_load(C + j*ldb + d), acc))
+            v_store(C + j*columns + d, v_add(v_load(C + j*columns + d), acc))
             d += VL
 
 
@@ -307,11 +327,11 @@ cdef void gradient_segment(Task* t, int first, int vectors, const Operands* of, 
         if p.softcap > 0:
             scale_pass(dS, back.slope + begin*LANES + lane, vectors, m)
         if careful:
-            sum_seen_rows(P, words + begin, lane, n_lanes, back.G + lane*ldv, ldv, m, back.dV + at*ldv, ldv)
-            sum_seen_rows(dS, words + begin, lane, n_lanes, back.Q + lane*ldk, ldk, m, back.dK + at*ldk, ldk)
+            sum_seen_rows(P, words + begin, lane, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv)
+            sum_seen_rows(dS, words + begin, lane, n_lanes, back.Q + lane*back.ldq, back.ldq, back.dK + at*ldk, m, ldk)
         else:
-            product_rows(P, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, &t.later)
-            product_rows(dS, n_lanes, back.Q + lane*ldk, ldk, back.dK + at*ldk, m, &t.later)
+            product_rows(P, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv, &t.later)
+            product_rows(dS, n_lanes, back.Q + lane*back.ldq, back.ldq, back.dK + at*ldk, m, ldk, &t.later)
     if careful:
         sum_seen_keys(of.k, of.k_row, back.dS + lane, words, lane, vectors, parts, back.dQt + lane, p.D)
     else:
@@ -331,20 +351,48 @@ cdef void pack_lines(const Task* t, const char* a, const fastattn_array* array, 
             d += VL
 
 
-cdef real inner_product(const real* x, const char* y, Py_ssize_t at, Py_ssize_t col, Py_ssize_t n, int kind) noexcept nogil:
-    cdef real lanes[VL]
-    cdef vf acc = v_zero()
-    cdef Py_ssize_t d = 0
-    cdef int i = VL//2
-    while d < n:
-        acc = v_fma(v_load(x + d), load_row(y, at + d*col, col, n - d, kind), acc)
-        d += VL
-    v_store(lanes, acc)
-    while i > 0:
-        for d in range(i):
-            lanes[d] += lanes[d + i]
-        i //= 2
-    return lanes[0]
+cdef void row_products(Task* t, const char* g, const char* out) noexcept nogil:
+    # delta = sum_d grad_out · out of each lane, and G = grad_out · trim: rows of whole vectors, one behind the other
+    cdef const fastattn_problem* p = t.p
+    cdef Back* back = t.back
+    cdef bint plain = (p.grad_out.kind == FASTATTN_REAL and p.grad_out.col == 1 and p.out.kind == FASTATTN_REAL
+                       and p.out.col == 1)
+    cdef v_square sums
+    cdef vf x, y, acc
+    cdef real* to = back.G
+    cdef Py_ssize_t first = 0
+    cdef Py_ssize_t i, half, d, at_g, at_out
+    while first < t.vectors*VL:
+        for i in range(VL):
+            acc = v_zero()
+            d = 0
+            while first + i < t.n_queries and d < p.Dv:
+                at_g = (t.q_begin + first + i)*p.grad_out.row + d*p.grad_out.col
+                at_out = (t.q_begin + first + i)*p.out.row + d*p.out.col
+                if plain:
+                    x = v_load_part(<const real*>g + at_g, p.Dv - d)
+                    y = v_load_part(<const real*>out + at_out, p.Dv - d)
+                else:
+                    x = load_row(g, at_g, p.grad_out.col, p.Dv - d, p.grad_out.kind)
+                    y = load_row(out, at_out, p.out.col, p.Dv - d, p.out.kind)
+                acc = v_fma(x, y, acc)
+                v_store(to, v_mul(x, v_set1(back.trim[first + i])))
+                to += VL
+                d += VL
+            sums.row[i] = acc
+        v_transpose(&sums)
+        half = VL//2
+        while half > 0:
+            for i in range(half):
+                sums.row[i] = v_add(sums.row[i], sums.row[i + half])
+            half //= 2
+        v_store(back.delta + first, sums.row[0])
+        first += VL
+
+
+cdef inline double near_one(double y) noexcept nogil:
+    # exp(y); y is mostly the rounding of a base
+    return 1 + y*(1 + y*(0.5 + y*(1.0/6))) if -0.015625 < y < 0.015625 else exp(y)
 
 
 cdef void rows_before(Task* t, bint begins) noexcept nogil:
@@ -358,36 +406,36 @@ cdef void rows_before(Task* t, bint begins) noexcept nogil:
     cdef const real* lse = <const real*>base_of(p, &p.lse, t.b, t.h, p.cu_q, False)
     cdef const real* grad_lse = NULL
     cdef real* delta = <real*>base_of(p, &p.delta, t.b, t.h, p.cu_q, False)
-    cdef Py_ssize_t ldv = whole(p.Dv)
-    cdef Py_ssize_t d
     cdef double nats = t.exact_kappa*0.69314718055994530942
     cdef double x
     if p.grad_lse.data != NULL:
         grad_lse = <const real*>base_of(p, &p.grad_lse, t.b, t.h, p.cu_q, False)
-    pack_lines(t, q, &p.query, p.D, back.Q)
-    pack_lines(t, g, &p.grad_out, p.Dv, back.G)
-    pack_queries(g + t.q_begin*p.grad_out.row*v_size(p.grad_out.kind), p.grad_out.row, p.grad_out.col, p.grad_out.kind,
-                 t.n_queries, t.vectors, p.Dv, 1, back.Gt)
-    back.finite = (all_finite(back.Q, whole(p.D), t.n_queries, p.D)
-                   and all_finite(back.G, whole(p.Dv), t.n_queries, p.Dv))
     for i in range(t.n_queries):
-        x = inner_product(back.G + i*ldv, out, (t.q_begin + i)*p.out.row, p.out.col, p.Dv, p.out.kind)
-        if grad_lse != NULL:
-            x -= grad_lse[(t.q_begin + i)*p.grad_lse.row]
-        back.delta[i] = <real>x
-        if begins:
-            delta[(t.q_begin + i)*p.delta.row] = <real>x
         x = lse[(t.q_begin + i)*p.lse.row]
         t.base[i] = <real>(x/nats) if x != -INFINITY else 0
-        back.trim[i] = <real>exp(t.base[i]*nats - x) if x != -INFINITY else 1
-        for d in range(ldv):
-            back.G[i*ldv + d] *= back.trim[i]
+        back.trim[i] = <real>near_one(t.base[i]*nats - x) if x != -INFINITY else 1
     for i in range(t.n_queries, t.vectors*VL):
-        back.delta[i] = 0
         back.trim[i] = 1
         t.base[i] = 0
     for i in range(LANES):
         back.ones[i] = 1
+    row_products(t, g, out)
+    for i in range(t.n_queries):
+        if grad_lse != NULL:
+            back.delta[i] = <real>(<double>back.delta[i] - grad_lse[(t.q_begin + i)*p.grad_lse.row])
+        if begins:
+            delta[(t.q_begin + i)*p.delta.row] = back.delta[i]
+    if p.query.kind == FASTATTN_REAL and p.query.col == 1 and p.D % VL == 0:
+        back.Q = <const real*>q + t.q_begin*p.query.row
+        back.ldq = p.query.row
+    else:
+        pack_lines(t, q, &p.query, p.D, back.room)
+        back.Q = back.room
+        back.ldq = whole(p.D)
+    pack_queries(g + t.q_begin*p.grad_out.row*v_size(p.grad_out.kind), p.grad_out.row, p.grad_out.col, p.grad_out.kind,
+                 t.n_queries, t.vectors, p.Dv, 1, back.Gt)
+    back.finite = (all_finite(back.Q, back.ldq, t.n_queries, p.D)
+                   and all_finite(back.G, whole(p.Dv), t.n_queries, p.Dv))
 
 
 cdef void clear_rows(const fastattn_problem* p, const Place* place, Py_ssize_t begin) noexcept nogil:
@@ -398,11 +446,50 @@ cdef void clear_rows(const fastattn_problem* p, const Place* place, Py_ssize_t b
         memset(dQ + i*p.grad_query.row, 0, p.D*sizeof(real))
 
 
+cdef bint next_place(const fastattn_problem* p, Place* place, bint other) noexcept nogil:
+    # The block of queries behind `place`, of the next head of the group or, if other, of the next key head; False if none.
+    cdef int64_t group = p.H//p.Hkv
+    cdef int64_t q_block = block_of(place) + 1
+    if place.q_end == rows_of_batch(p.cu_q, place.b, p.L):
+        q_block = 0
+        if (place.h + 1) % group == 0 and not other:
+            return False
+        place.h += 1
+        if place.h == p.H:
+            place.h = 0
+            place.b += 1
+            if place.b == p.B:
+                return False
+    if rows_of_batch(p.cu_q, place.b, p.L) == 0:
+        return False
+    place_queries(p, place, q_block)
+    return True
+
+
+cdef void expect_queries(Ahead* later, const fastattn_problem* p, const Place* after) noexcept nogil:
+    # What the block of queries behind this one reads: its rows, and keys and values of another key head.
+    cdef Place place = after[0]
+    cdef int64_t n, h_kv
+    later.at = 0
+    later.n_next = 0
+    if not next_place(p, &place, p.chunks == 1 and not p.serial):
+        return
+    n = place.q_end - place.q_begin
+    expect_array(later, p, &p.grad_out, place.b, place.h, p.cu_q, place.q_begin, n, p.Dv)
+    expect_array(later, p, &p.out, place.b, place.h, p.cu_q, place.q_begin, n, p.Dv)
+    expect_array(later, p, &p.query, place.b, place.h, p.cu_q, place.q_begin, n, p.D)
+    h_kv = place.h//(p.H//p.Hkv)
+    if place.b != after.b or h_kv != after.h//(p.H//p.Hkv):
+        n = min(rows_of_batch(p.cu_k, place.b, p.S), <int64_t>2*BLOCK)
+        expect_array(later, p, &p.key, place.b, h_kv, p.cu_k, 0, n, p.D)
+        expect_array(later, p, &p.value, place.b, h_kv, p.cu_k, 0, n, p.Dv)
+
+
 cdef bint block_gradients(Task* t, const fastattn_problem* p, const Place* place, bint caller, void* memory) noexcept nogil:
     # One block of queries; False if the call was abandoned.
     cdef Back* back = t.back
     cdef int64_t begins, ends
-    cdef int64_t* turn = <int64_t*>p.state + (place.b*p.H + place.h)*((p.L + LANES - 1)//LANES) + place.q_begin//LANES
+    cdef int64_t* turn = <int64_t*>p.state + (place.b*p.H + place.h)*((p.L + LANES - 1)//LANES) + block_of(place)
     cdef real* dQ
     cdef real* sums = NULL
     cdef Py_ssize_t i
@@ -417,11 +504,10 @@ cdef bint block_gradients(Task* t, const fastattn_problem* p, const Place* place
     t.back = back
     t.second = True
     t.cold = False
-    t.later.at = 0
-    t.later.n_next = 0
     t.begin = max(t.k_begin, back.first)
     t.end = min(t.k_end, back.end)
     rows_before(t, begins == back.chunk)
+    expect_queries(&t.later, p, place)
     dQ = <real*>base_of(p, &p.grad_query, t.b, t.h, p.cu_q, False) + t.q_begin*p.grad_query.row
     if p.row_grad.data != NULL:
         sums = <real*>base_of(p, &p.row_grad, t.b, t.h, p.cu_q, False) + t.q_begin*p.row_grad.row
@@ -488,8 +574,7 @@ cdef void run_gradient(const fastattn_problem* p, int64_t task, bint caller, voi
         memset(back.looked, 0, (n + BLOCK - 1)//BLOCK)
         for place.h in range(h_kv*group, (h_kv + 1)*group):
             for q_block in range(query_blocks(p, place.b)):
-                place.q_begin = q_block*LANES
-                place.q_end = min(rows_of_batch(p.cu_q, place.b, p.L), place.q_begin + LANES)
+                place_queries(p, &place, q_block)
                 if not block_gradients(t, p, &place, caller, memory):
                     return
         write_rows(back.dK, whole(p.D), <real>p.scale, n, p.D,

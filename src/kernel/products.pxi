@@ -111,7 +111,7 @@ cdef struct Rows:           # rows that will be read later: values, bias, mask
 cdef struct Ahead:
     Rows rows[3]            # for the next stage of this task, together
     int n
-    Rows next[4]            # for the next task, one after the other
+    Rows next[6]            # for the next task, one after the other
     int at, n_next
 
 
@@ -230,21 +230,21 @@ cdef void product_n(int vectors, const real* A, Py_ssize_t lda, const real* B, P
         columns_n(1, A, lda, B, LANES, n, C, LANES, m, how, scale, later)
 
 
-cdef void product_rows(const real* A, Py_ssize_t n, const real* B, Py_ssize_t ld, real* C, Py_ssize_t m,
+cdef void product_rows(const real* A, Py_ssize_t n, const real* B, Py_ssize_t ldb, real* C, Py_ssize_t m, Py_ssize_t ldc,
                        Ahead* later) noexcept nogil:
-    # C[m, ld] += A[m, n] · B[n, ld], where rows of A are LANES apart and those of B and C whole vectors
-    cdef Py_ssize_t left = ld//VL
+    # C[m, ldc] += A[m, n] · B[n, ldc], where rows of A are LANES apart, and those of C whole vectors
+    cdef Py_ssize_t left = ldc//VL
     while left >= GROUP:
-        columns_n(GROUP, A, LANES, B, ld, n, C, ld, m, ADD, 1, later)
+        columns_n(GROUP, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, later)
         B += GROUP*VL
         C += GROUP*VL
         left -= GROUP
     if GROUP > 3 and left == 3:
-        columns_n(3, A, LANES, B, ld, n, C, ld, m, ADD, 1, later)
+        columns_n(3, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, later)
     elif GROUP > 2 and left == 2:
-        columns_n(2, A, LANES, B, ld, n, C, ld, m, ADD, 1, later)
+        columns_n(2, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, later)
     elif left == 1:
-        columns_n(1, A, LANES, B, ld, n, C, ld, m, ADD, 1, later)
+        columns_n(1, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, later)
 
 
 cdef void product_t(int vectors, const real* A, Py_ssize_t lda, const real* B, const Parts* parts, real* C,
