@@ -68,7 +68,8 @@ class Problem:
     grad_index      None, or as bias_index; then grad_bias is (parts, *lead, H, 1, n), to be summed
     row_grad        None or (*lead, H, L), to be filled: the sums over the keys of the gradient of the final scores
     parts           of grad_bias
-    serial          grad_bias is a sum over batches or key heads
+    fresh           grad_bias is not zeros yet
+    in_turn         how many pairs of key head and batch go one after the other, as their grad_bias is one sum
     returned        what `result` returns: the caller's own out=, or `out` in the caller's shape
     returned_lse    None, or lse in the caller's shape
     """
@@ -78,7 +79,7 @@ class Problem:
                  "batch", "one_path", "out", "lse",
                  "num_threads", "cu_q", "cu_k", "L", "S", "pages", "reduce", "rows", "weights", "indices", "k",
                  "chunks", "bias_offset", "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "delta",
-                 "grad_bias", "grad_index", "row_grad", "parts", "serial", "returned", "returned_lse")
+                 "grad_bias", "grad_index", "row_grad", "parts", "fresh", "in_turn", "returned", "returned_lse")
 
     def result(self):
         """What the caller gets: out, or (out, lse)."""
@@ -335,18 +336,18 @@ def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bi
     sums["delta"] = np.zeros(of(H, rows), inside) if grad_lse is None else np.negative(grad_lse, dtype=inside)
     p.delta = as_problem(sums["delta"])
     p.grad_bias = p.grad_index = p.row_grad = None
-    p.parts, p.serial = 0, False
+    p.parts, p.fresh, p.in_turn, batches = 0, False, 1, max(1, math.prod(lead))
     if bias is None or not of_bias:
         pass
     elif isinstance(bias, Bias):
-        batches, offset = ((1,) * len(lead), None) if nothing else (lead, p.bias_offset)
-        p.grad_index, own, n, sums["distance"] = bias.diagonals(batches, p.L, p.S, offset)
+        full, offset = ((1,) * len(lead), None) if nothing else (lead, p.bias_offset)
+        p.grad_index, own, n, sums["distance"] = bias.diagonals(full, p.L, p.S, offset)
         p.grad_index = tuple(np.ascontiguousarray(index, np.int64) for index in p.grad_index)
         blocks = -(-p.S // masks.KEYS)
         p.parts = max(1, min(blocks, max(GRADIENT_PARTS, blocks // GRADIENT_PARTS)))
         sums["bias"] = np.zeros((p.parts, *own, H, n), inside)
-        p.grad_bias = _to_be_summed(sums["bias"][..., None, :], (p.parts, *batches, H, 1, n))
-        p.serial = own != lead
+        p.grad_bias = _to_be_summed(sums["bias"][..., None, :], (p.parts, *full, H, 1, n))
+        p.in_turn = 1 if own == lead else batches
     else:
         full = lead + (H, p.L, p.S)
         own = (1,) * (len(full) - np.ndim(bias)) + np.shape(bias)
@@ -354,9 +355,12 @@ def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bi
             sums["rows"] = np.zeros(of(H, rows), inside)
             p.row_grad = as_problem(sums["rows"])
         else:
-            sums["bias"] = np.zeros(own, inside)
+            # One of all rows and keys is large: the kernel clears each part where it is used.
+            p.fresh = not nothing and own[-3:] == full[-3:] and own[:-3] in (lead, (1,) * len(lead))
+            sums["bias"] = (aligned_empty if p.fresh else np.zeros)(own, inside)
             p.grad_bias = _to_be_summed(sums["bias"], full)
-            p.serial = own[:-3] != lead or (own[-3] != H and Hkv > 1)
+            heads = 1 if own[-3] == H or Hkv == 0 else Hkv
+            p.in_turn = 1 if own[:-3] == lead and heads == 1 else batches * heads
     p.returned = sums
     return p
 

@@ -203,6 +203,9 @@ def backward(problem, dtype=None):
     """Fill the gradients of the problem, computing in `dtype` (float64 unless given)."""
     for array in (problem.grad_query, problem.grad_key, problem.grad_value):
         array[...] = 0
+    if problem.fresh:
+        problem.grad_bias[...] = 0
+        problem.fresh = False
     if problem.cu_q is not None:
         for sequence in problem.sequences():
             backward(sequence, dtype)

@@ -528,7 +528,8 @@ def backward(problem):
     cdef fastattn_problem p
     describe_problem(&p, problem)
     p.reduce = FASTATTN_GRADIENT
-    p.serial = problem.serial
+    p.in_turn = problem.in_turn
+    p.fresh = problem.fresh
     p.parts = problem.parts
     describe(&p.grad_out, problem.grad_out, 3, p.n_lead)
     if problem.grad_lse is not None:

@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FASTATTN_ABI 4
+#define FASTATTN_ABI 5
 #define FASTATTN_LEAD 8
 #define FASTATTN_UNBOUNDED ((int64_t)1 << 61)
 
@@ -99,13 +99,14 @@ typedef struct {
     fastattn_array grad_out;        /* (B, H, L, Dv), of out's kind */
     fastattn_array grad_lse;        /* (B, H, L) real; optional */
     fastattn_array grad_query, grad_key, grad_value;        /* real; col is 1 */
-    fastattn_array grad_bias;       /* (B, H, L, S) real, stride 0 where it is summed; zeros before; optional */
+    fastattn_array grad_bias;       /* (B, H, L, S) real, stride 0 where it is summed; zeros before, if not `fresh`; optional */
     const int64_t *grad_rows, *grad_cols;   /* (L,) and (S,): query i and key j add to element rows[i] + cols[j] of a head of
                                              * grad_bias instead, of which each chunk of the keys has a part, `row` apart */
     fastattn_array row_grad;        /* (B, H, L) sums over the keys of the logits' gradients; zeros before; optional */
     fastattn_array delta;           /* (B, H, L) sum of grad_out * out, less grad_lse */
     int64_t parts;                  /* of the latter */
-    int32_t serial;                 /* grad_bias is a sum over key heads or batches */
+    int32_t fresh;                  /* grad_bias holds anything before; it has its own rows, heads, and batches or one for all */
+    int64_t in_turn;                /* pairs of key head and batch that one task takes, whose grad_bias is one sum */
     int64_t blocks, splits, together, batch_tasks, groups, record;  /* set by `tasks`: how the problem is cut, see tasks.pxi */
     void *state;                    /* what `state` asks for; its first groups * 8 bytes 0 */
     volatile int *stop;             /* set to nonzero to abandon the call; may be NULL */

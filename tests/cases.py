@@ -181,7 +181,7 @@ def gradient_bound(*saved, packed=None, **options):
     u = UNIT_ROUNDOFF[checks.compute_dtype(np.asarray(saved[1]).dtype)] * (2 if saved[1].dtype == np.float64 else 1)
     arrays, options = widened(*saved, **options)
     p = checks.gradient_problem(*arrays, packed=packed, **options)
-    for name in ("query", "key", "value"):
+    for name in p.returned.keys() & {"query", "key", "value", "bias"}:
         p.returned[name][...] = 0
     for one in [p] if packed is None else p.sequences():
         _add_gradient_bounds(one, u)

@@ -66,7 +66,8 @@ cdef extern from "fastattn.h" nogil:
         const int64_t* grad_rows
         const int64_t* grad_cols
         int64_t parts
-        int32_t serial
+        int32_t fresh
+        int64_t in_turn
         int64_t blocks, splits, together, batch_tasks, groups, record
         void* state
         int* stop

@@ -18,6 +18,7 @@
 
 cdef enum:
     CHUNK_KEYS = 11*96      # dK and dV of a chunk stay in the second-level cache
+    PACE = 2
 
 
 cdef struct Back:
@@ -82,8 +83,8 @@ cdef inline int64_t chunk_of(const fastattn_problem* p, int64_t key) noexcept no
 
 cdef int64_t gradient_tasks(fastattn_problem* p, int64_t threads) noexcept nogil:
     # As many chunks as keep all threads busy to the end: one for each where all chunks are the same work, more where only
-    # some keys are seen. `serial`: all key heads in one task, for a sum over them.
-    cdef int64_t tasks = 1 if p.serial else p.B*p.Hkv
+    # some keys are seen.
+    cdef int64_t tasks = p.B*p.Hkv//p.in_turn
     cdef int64_t most = key_blocks(p)
     cdef int64_t wanted = (most*BLOCK + CHUNK_KEYS - 1)//CHUNK_KEYS
     if p.grad_rows != NULL:
@@ -466,20 +467,29 @@ cdef bint next_place(const fastattn_problem* p, Place* place, bint other) noexce
     return True
 
 
-cdef void expect_queries(Ahead* later, const fastattn_problem* p, const Place* after) noexcept nogil:
-    # What the block of queries behind this one reads: its rows, and keys and values of another key head.
-    cdef Place place = after[0]
-    cdef int64_t n, h_kv
+cdef void expect_queries(Ahead* later, const fastattn_problem* p, const Place* here) noexcept nogil:
+    # Where this block's results go, and what the block of queries behind it reads: its rows; keys and values of another head.
+    cdef Place place = here[0]
+    cdef int64_t h_kv = place.h//(p.H//p.Hkv)
+    cdef int64_t n = rows_of_batch(p.cu_k, place.b, p.S)
+    cdef bint last
     later.at = 0
     later.n_next = 0
-    if not next_place(p, &place, p.chunks == 1 and not p.serial):
+    later.pace = 1
+    expect_array(later, p, &p.grad_query, place.b, place.h, p.cu_q, place.q_begin, place.q_end - place.q_begin, p.D)
+    last = not next_place(p, &place, p.chunks == 1 and p.in_turn == 1)
+    if p.chunks == 1 and (last or place.b != here.b or place.h//(p.H//p.Hkv) != h_kv):
+        expect_array(later, p, &p.grad_key, here.b, h_kv, p.cu_k, 0, min(n, <int64_t>2*BLOCK), p.D)
+        expect_array(later, p, &p.grad_value, here.b, h_kv, p.cu_k, 0, min(n, <int64_t>2*BLOCK), p.Dv)
+        later.pace = PACE
+    if last:
         return
     n = place.q_end - place.q_begin
     expect_array(later, p, &p.grad_out, place.b, place.h, p.cu_q, place.q_begin, n, p.Dv)
     expect_array(later, p, &p.out, place.b, place.h, p.cu_q, place.q_begin, n, p.Dv)
     expect_array(later, p, &p.query, place.b, place.h, p.cu_q, place.q_begin, n, p.D)
-    h_kv = place.h//(p.H//p.Hkv)
-    if place.b != after.b or h_kv != after.h//(p.H//p.Hkv):
+    if place.b != here.b or place.h//(p.H//p.Hkv) != h_kv:
+        h_kv = place.h//(p.H//p.Hkv)
         n = min(rows_of_batch(p.cu_k, place.b, p.S), <int64_t>2*BLOCK)
         expect_array(later, p, &p.key, place.b, h_kv, p.cu_k, 0, n, p.D)
         expect_array(later, p, &p.value, place.b, h_kv, p.cu_k, 0, n, p.Dv)
@@ -546,12 +556,22 @@ cdef void write_rows(const real* a, Py_ssize_t lda, real scale, Py_ssize_t n, Py
             d += VL
 
 
+cdef void clear_bias(const fastattn_problem* p, int64_t b, int64_t first_head, int64_t heads, int64_t begin,
+                     int64_t end) noexcept nogil:
+    # grad_bias of some heads and of keys [begin, end)
+    cdef int64_t h, i
+    cdef real* to
+    for h in range(first_head, first_head + heads):
+        to = <real*>p.grad_bias.data + offset(p, &p.grad_bias, b, h, NULL)
+        for i in range(p.L):
+            memset(to + i*p.grad_bias.row + begin, 0, (end - begin)*sizeof(real))
+
+
 cdef void run_gradient(const fastattn_problem* p, int64_t task, bint caller, void* memory) noexcept nogil:
     cdef Task* t = <Task*>memory
     cdef Back back
     cdef Place place
-    cdef int64_t first = 0 if p.serial else task % p.batch_tasks
-    cdef int64_t last = p.B*p.Hkv if p.serial else first + 1
+    cdef int64_t first = task % p.batch_tasks*p.in_turn
     cdef int64_t group = p.H//p.Hkv
     cdef int64_t one, h_kv, q_block
     cdef Py_ssize_t n
@@ -562,10 +582,12 @@ cdef void run_gradient(const fastattn_problem* p, int64_t task, bint caller, voi
     t.back = &back
     place.few = False
     place.heads = 1
-    for one in range(first, last):
-        # A bias of each head: the batches that share it one after the other, while it is in a cache.
-        place.b = one % p.B if p.serial and p.grad_bias.head != 0 else one//p.Hkv
-        h_kv = one//p.B if p.serial and p.grad_bias.head != 0 else one % p.Hkv
+    for one in range(first, first + p.in_turn):
+        # The batches that share a bias one after the other, while it is in a cache.
+        place.b = one//p.Hkv if p.in_turn == 1 else one % p.B
+        h_kv = one % p.Hkv if p.in_turn == 1 else one//p.B
+        if p.fresh and (p.in_turn == 1 or place.b == 0):
+            clear_bias(p, place.b, h_kv*group, group, back.first, min(back.end, p.S))
         n = min(back.end, rows_of_batch(p.cu_k, place.b, p.S)) - back.first
         if n <= 0:
             continue

@@ -111,8 +111,9 @@ cdef struct Rows:           # rows that will be read later: values, bias, mask
 cdef struct Ahead:
     Rows rows[3]            # for the next stage of this task, together
     int n
-    Rows next[6]            # for the next task, one after the other
+    Rows next[8]            # for the next task, one after the other
     int at, n_next
+    int pace                # rows of these for each row of the others
 
 
 cdef inline void fetch_rows(Rows* rows, Py_ssize_t m) noexcept nogil:
@@ -134,7 +135,7 @@ cdef inline void fetch(const real* A, Py_ssize_t lda, Py_ssize_t n, Py_ssize_t m
     for a in range(later.n):
         fetch_rows(&later.rows[a], m)
     if later.at < later.n_next:
-        fetch_rows(&later.next[later.at], m)
+        fetch_rows(&later.next[later.at], later.pace*m)
         later.at += later.next[later.at].left == 0
 
 

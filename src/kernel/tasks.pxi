@@ -169,6 +169,7 @@ cdef void expect_task(Task* t, int64_t n_tasks, int64_t task) noexcept nogil:
     cdef int64_t h_kv, n
     later.at = 0
     later.n_next = 0
+    later.pace = 1
     if t.few:
         return
     expect_array(later, p, &p.out, t.b, t.h, p.cu_q, t.q_begin, t.n_queries, p.Dv)
