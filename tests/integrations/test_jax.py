@@ -160,7 +160,7 @@ def test_error_of_a_call(monkeypatch):
     query, key, value = inputs()
     with monkeypatch.context() as patch:
         patch.setattr(ours, "attention", broken)
-        with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="RESOURCE_EXHAUSTED: fastattn_att.*: no room"):
+        with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="EXHAUSTED: fastattn_attention: no room"):
             ours.dot_product_attention(query, key, value).block_until_ready()
     close(ours.dot_product_attention(query, key, value), jax.nn.dot_product_attention(query, key, value), 1e-6)
 
