@@ -467,11 +467,15 @@ cdef bint next_place(const fastattn_problem* p, Place* place, bint other) noexce
     return True
 
 
-cdef void expect_queries(Ahead* later, const fastattn_problem* p, const Place* here) noexcept nogil:
-    # Where this block's results go, and what the block of queries behind it reads: its rows; keys and values of another head.
+cdef void expect_queries(Task* t, const Place* here) noexcept nogil:
+    # Where this block's results go, and what the block of queries behind it reads: its rows; the keys and values behind those
+    # of this block, or of another head.
+    cdef const fastattn_problem* p = t.p
+    cdef Ahead* later = &t.later
     cdef Place place = here[0]
     cdef int64_t h_kv = place.h//(p.H//p.Hkv)
     cdef int64_t n = rows_of_batch(p.cu_k, place.b, p.S)
+    cdef int64_t first
     cdef bint last
     later.at = 0
     later.n_next = 0
@@ -488,11 +492,15 @@ cdef void expect_queries(Ahead* later, const fastattn_problem* p, const Place* h
     expect_array(later, p, &p.grad_out, place.b, place.h, p.cu_q, place.q_begin, n, p.Dv)
     expect_array(later, p, &p.out, place.b, place.h, p.cu_q, place.q_begin, n, p.Dv)
     expect_array(later, p, &p.query, place.b, place.h, p.cu_q, place.q_begin, n, p.D)
+    first = t.end
+    n = min(<int64_t>LANES, t.back.end - first)
     if place.b != here.b or place.h//(p.H//p.Hkv) != h_kv:
         h_kv = place.h//(p.H//p.Hkv)
-        n = min(rows_of_batch(p.cu_k, place.b, p.S), <int64_t>2*BLOCK)
-        expect_array(later, p, &p.key, place.b, h_kv, p.cu_k, 0, n, p.D)
-        expect_array(later, p, &p.value, place.b, h_kv, p.cu_k, 0, n, p.Dv)
+        first = 0
+        n = 2*BLOCK
+    n = min(n, rows_of_batch(p.cu_k, place.b, p.S) - first)
+    expect_array(later, p, &p.key, place.b, h_kv, p.cu_k, first, n, p.D)
+    expect_array(later, p, &p.value, place.b, h_kv, p.cu_k, first, n, p.Dv)
 
 
 cdef bint block_gradients(Task* t, const fastattn_problem* p, const Place* place, bint caller, void* memory) noexcept nogil:
@@ -517,7 +525,7 @@ cdef bint block_gradients(Task* t, const fastattn_problem* p, const Place* place
     t.begin = max(t.k_begin, back.first)
     t.end = min(t.k_end, back.end)
     rows_before(t, begins == back.chunk)
-    expect_queries(&t.later, p, place)
+    expect_queries(t, place)
     dQ = <real*>base_of(p, &p.grad_query, t.b, t.h, p.cu_q, False) + t.q_begin*p.grad_query.row
     if p.row_grad.data != NULL:
         sums = <real*>base_of(p, &p.row_grad, t.b, t.h, p.cu_q, False) + t.q_begin*p.row_grad.row
