@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from numpy.typing import NDArray
@@ -28,6 +29,11 @@ def varlen_attention_backward(
     softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
+) -> Gradients: ...
+def backward(
+    packed: tuple[_Integers, _Integers] | None, grad_out: _Array, query: _Array, key: _Array, value: _Array,
+    out: _Array, lse: _Array, *, bias: _Bias | None, sinks: _Array | None,
+    into: Sequence[NDArray[Any] | None] = ..., **options: Any,
 ) -> Gradients: ...
 def gradients(
     problem: Problem, query: _Array, key: _Array, value: _Array, bias: _Bias | None, sinks: _Array | None,

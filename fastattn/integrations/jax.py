@@ -26,7 +26,10 @@ _DTYPES = {1: np.bool_, 4: np.int32, 5: np.int64, 10: np.float16, 11: np.float32
            16: ml_dtypes.bfloat16}
 _METADATA = 1
 _INVALID_ARGUMENT, _RESOURCE_EXHAUSTED, _INTERNAL = 3, 8, 13
-_Begin = [("struct_size", ctypes.c_size_t), ("extension", ctypes.c_void_p)]
+
+
+class _Struct(ctypes.Structure):
+    _fields_ = [("struct_size", ctypes.c_size_t), ("extension", ctypes.c_void_p)]
 
 
 class _Extension(ctypes.Structure):
@@ -34,29 +37,29 @@ class _Extension(ctypes.Structure):
                 ("metadata", ctypes.c_void_p)]
 
 
-class _Version(ctypes.Structure):
-    _fields_ = [*_Begin, ("major", ctypes.c_int), ("minor", ctypes.c_int)]
+class _Version(_Struct):
+    _fields_ = [("major", ctypes.c_int), ("minor", ctypes.c_int)]
 
 
 class _Metadata(ctypes.Structure):
     _fields_ = [("struct_size", ctypes.c_size_t), ("version", _Version)]
 
 
-class _Api(ctypes.Structure):
-    _fields_ = [*_Begin, ("version", _Version), ("internal", ctypes.c_void_p), ("new_error", ctypes.c_void_p)]
+class _Api(_Struct):
+    _fields_ = [("version", _Version), ("internal", ctypes.c_void_p), ("new_error", ctypes.c_void_p)]
 
 
-class _ErrorArguments(ctypes.Structure):
-    _fields_ = [*_Begin, ("message", ctypes.c_char_p), ("code", ctypes.c_int)]
+class _ErrorArguments(_Struct):
+    _fields_ = [("message", ctypes.c_char_p), ("code", ctypes.c_int)]
 
 
-class _Buffer(ctypes.Structure):
-    _fields_ = [*_Begin, ("dtype", ctypes.c_int), ("data", ctypes.c_void_p), ("rank", ctypes.c_int64),
+class _Buffer(_Struct):
+    _fields_ = [("dtype", ctypes.c_int), ("data", ctypes.c_void_p), ("rank", ctypes.c_int64),
                 ("dims", ctypes.POINTER(ctypes.c_int64))]
 
 
-class _Buffers(ctypes.Structure):
-    _fields_ = [*_Begin, ("size", ctypes.c_int64), ("types", ctypes.c_void_p),
+class _Buffers(_Struct):
+    _fields_ = [("size", ctypes.c_int64), ("types", ctypes.c_void_p),
                 ("items", ctypes.POINTER(ctypes.POINTER(_Buffer)))]
 
 
@@ -64,13 +67,13 @@ class _Bytes(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("size", ctypes.c_size_t)]
 
 
-class _Attributes(ctypes.Structure):
-    _fields_ = [*_Begin, ("size", ctypes.c_int64), ("types", ctypes.POINTER(ctypes.c_int)), ("names", ctypes.c_void_p),
+class _Attributes(_Struct):
+    _fields_ = [("size", ctypes.c_int64), ("types", ctypes.POINTER(ctypes.c_int)), ("names", ctypes.c_void_p),
                 ("items", ctypes.POINTER(ctypes.POINTER(_Bytes)))]
 
 
-class _Frame(ctypes.Structure):
-    _fields_ = [*_Begin, ("api", ctypes.POINTER(_Api)), ("context", ctypes.c_void_p), ("stage", ctypes.c_int),
+class _Frame(_Struct):
+    _fields_ = [("api", ctypes.POINTER(_Api)), ("context", ctypes.c_void_p), ("stage", ctypes.c_int),
                 ("arguments", _Buffers), ("results", _Buffers), ("attributes", _Attributes)]
 
 

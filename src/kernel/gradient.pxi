@@ -358,11 +358,11 @@ cdef void row_products(Task* t, const char* g, const char* out) noexcept nogil:
     cdef Back* back = t.back
     cdef bint plain = (p.grad_out.kind == FASTATTN_REAL and p.grad_out.col == 1 and p.out.kind == FASTATTN_REAL
                        and p.out.col == 1)
-    cdef v_square sums
+    cdef vf sums[VL]
     cdef vf x, y, acc
     cdef real* to = back.G
     cdef Py_ssize_t first = 0
-    cdef Py_ssize_t i, half, d, at_g, at_out
+    cdef Py_ssize_t i, d, at_g, at_out
     while first < t.vectors*VL:
         for i in range(VL):
             acc = v_zero()
@@ -380,14 +380,8 @@ cdef void row_products(Task* t, const char* g, const char* out) noexcept nogil:
                 v_store(to, v_mul(x, v_set1(back.trim[first + i])))
                 to += VL
                 d += VL
-            sums.row[i] = acc
-        v_transpose(&sums)
-        half = VL//2
-        while half > 0:
-            for i in range(half):
-                sums.row[i] = v_add(sums.row[i], sums.row[i + half])
-            half //= 2
-        v_store(back.delta + first, sums.row[0])
+            sums[i] = acc
+        v_store(back.delta + first, v_sums(sums))
         first += VL
 
 
