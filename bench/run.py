@@ -810,7 +810,7 @@ def pretrained(run):
                 model(**inputs)
 
             with torch.no_grad():
-                worst = models.largest_errors(model, inputs, ("fastattn",))["fastattn"]
+                worst = models.largest_error(model, inputs, "fastattn")
                 if not worst <= cases.MODEL_TOLERANCE:
                     yield wrong(f"{name}, {S}", worst)
                     continue

@@ -116,9 +116,9 @@ def varlen_attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_
     (5, 4, 8)
     """
     return backward((cu_seqlens_q, cu_seqlens_k), grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask,
-                     bias=bias, causal=causal, window=window, query_offset=query_offset, query_lengths=query_lengths,
-                     kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks, normalizer=normalizer,
-                     dropout_p=dropout_p, seed=seed, deterministic=deterministic, num_threads=num_threads)
+                    bias=bias, causal=causal, window=window, query_offset=query_offset, query_lengths=query_lengths,
+                    kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks, normalizer=normalizer,
+                    dropout_p=dropout_p, seed=seed, deterministic=deterministic, num_threads=num_threads)
 
 
 def backward(packed, grad_out, query, key, value, out, lse, *, bias, sinks, into=(None, None, None), **options):

@@ -272,13 +272,12 @@ def dot_product_attention(query, key, value, bias=None, mask=None, *, scale=None
     ------
     TypeError, ValueError
         As `fastattn.attention`, for what is wrong with dtypes and shapes.
-    NotImplementedError
-        By jax, on other platforms than the CPU.
 
     Notes
     -----
     Works under `jax.jit`, `jax.vmap` and `jax.grad`; the second derivative is jax's own, of the weights written out.
-    There is no forward-mode derivative.
+    There is no forward-mode derivative. On other platforms than the CPU, XLA has no such function and refuses to
+    compile.
     """
     if implementation is not None:
         raise ValueError(f"implementation must be None, got {implementation!r}")

@@ -18,7 +18,7 @@
 
 cdef enum:
     CHUNK_KEYS = 11*96      # dK and dV of a chunk stay in the second-level cache
-    PACE = 2
+    PACE = 2                # rows asked for at each row of a product, where a key head has one chunk: its results and the next
 
 
 cdef struct Back:

@@ -125,22 +125,25 @@ def test_dropout():
     assert torch.equal(first, ours.scaled_dot_product_attention(*inputs, dropout_p=0.5))
 
 
-def test_patch():
-    """MultiheadAttention and a function of its own, under the name and back."""
+def test_patch(monkeypatch):
+    """MultiheadAttention calls it under the name, and only there; what it does not take goes to torch."""
+    called = []
+    inner = ours.attention
+    monkeypatch.setattr(ours, "attention", lambda *args, **options: called.append(1) or inner(*args, **options))
     layer = torch.nn.MultiheadAttention(16, 4, batch_first=True)
     x = torch.randn(2, 10, 16)
     expected = layer(x, x, x, need_weights=False)[0]
-    called = []
     original = F.scaled_dot_product_attention
     with ours.patch():
-        ours_then = F.scaled_dot_product_attention
-        assert ours_then is not original
+        assert F.scaled_dot_product_attention is not original and not called
         layer.train()
         torch.testing.assert_close(layer(x, x, x, need_weights=False)[0], expected, rtol=1e-5, atol=1e-6)
+        assert len(called) == 1
         integers = torch.ones(1, 1, 2, 2, dtype=torch.int32)
         with pytest.raises(RuntimeError):    # torch's own answer to what neither takes
             F.scaled_dot_product_attention(integers, integers, integers)
-    assert F.scaled_dot_product_attention is original and not called
+    layer(x, x, x, need_weights=False)
+    assert F.scaled_dot_product_attention is original and len(called) == 1
 
 
 def test_errors():
