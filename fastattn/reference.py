@@ -16,6 +16,8 @@ bias hold. A row that sees no key has out = 0 and lse = -inf, or lse = the sink 
 seen propagate, and a row whose visible scores are all -inf is NaN, not empty.
 """
 
+import functools
+
 import numpy as np
 
 from . import checks, gradient, graph, merge
@@ -258,6 +260,22 @@ def dropout(problem, batch, head):
     i, j = np.arange(L, dtype=np.uint64)[:, None], np.arange(-(-S // 4), dtype=np.uint64)
     numbers = philox((j, i, np.uint64(head[-1]), np.uint64(problem.batch + batch)), problem.seed)
     return np.where(np.stack(numbers, axis=-1).reshape(L, -1)[:, :S] >= problem.dropout, problem.keep, 0)
+
+
+def _in_numpy(function):
+    @functools.wraps(function)
+    def call(*args, **options):
+        token = graph.kernel.set(run_graph)
+        try:
+            return function(*args, **options)
+        finally:
+            graph.kernel.reset(token)
+    return call
+
+
+graph_attention, graph_attention_backward = map(_in_numpy, (graph.graph_attention, graph.graph_attention_backward))
+gat_attention, gat_attention_backward = map(_in_numpy, (graph.gat_attention, graph.gat_attention_backward))
+gatv2_attention, gatv2_attention_backward = map(_in_numpy, (graph.gatv2_attention, graph.gatv2_attention_backward))
 
 
 def run_graph(call, dtype=None):

@@ -571,45 +571,45 @@ cdef void describe_nodes(fastattn_array* a, cnp.ndarray x, int tail) noexcept:
         describe(a, x.swapaxes(0, 1), tail, 0)
 
 
-def graph(g):
+def graph(call):
     """Fill the results of a problem on a graph (see graph.Problem)."""
     cdef fastattn_graph p
     cdef fastattn_problem calls
     cdef Work work
     cdef double flops
-    cdef int n_threads = 0 if g.num_threads is None else g.num_threads
+    cdef int n_threads = 0 if call.num_threads is None else call.num_threads
     memset(&p, 0, sizeof(p))
     memset(&calls, 0, sizeof(calls))
-    p.mode, p.score = g.mode, g.score
-    p.n_rows, p.n_edges, p.n_tasks = len(g.begin), len(g.source), len(g.cuts) - 1
-    p.H, p.Hkv, p.D, p.Dv = g.H, g.Hkv, g.D, g.Dv
-    describe_nodes(&p.query, g.query, 3)
-    describe_nodes(&p.key, g.key, 3)
-    describe_nodes(&p.value, g.value, 3)
-    describe_nodes(&p.out, g.out, 3)
-    describe_nodes(&p.edge_key, g.edge_key, 3)
-    describe_nodes(&p.edge_value, g.edge_value, 3)
-    describe_nodes(&p.edge_bias, g.edge_bias, 2)
-    describe_nodes(&p.lse, g.lse, 2)
-    describe_nodes(&p.delta, g.delta, 2)
-    describe_nodes(&p.grad_out, g.grad_out, 3)
-    describe_nodes(&p.grad_query, g.grad_query, 3)
-    describe_nodes(&p.w, g.w, 3)
-    p.begin, p.end, p.rows = integers(g.begin), integers(g.end), integers(g.rows)
-    p.order, p.cuts = integers(g.order), integers(g.cuts)
-    p.source = cnp.PyArray_DATA(g.source)
-    p.wide = cnp.PyArray_ITEMSIZE(g.source) == 8
-    p.sinks = NULL if g.sinks is None else cnp.PyArray_DATA(g.sinks)
-    p.weights = NULL if g.weights is None else cnp.PyArray_DATA(g.weights)
-    p.grad_scores = NULL if g.grad_scores is None else cnp.PyArray_DATA(g.grad_scores)
-    p.grad_bias = NULL if g.grad_bias is None else cnp.PyArray_DATA(g.grad_bias)
-    p.grad_w = NULL if g.grad_w is None else cnp.PyArray_DATA(g.grad_w)
-    p.scale, p.softcap, p.slope, p.keep = g.scale, g.softcap, g.slope, g.keep
-    p.seed, p.dropout = g.seed, g.dropout
+    p.mode, p.score = call.mode, call.score
+    p.n_rows, p.n_edges, p.n_tasks = len(call.begin), len(call.source), len(call.cuts) - 1
+    p.H, p.Hkv, p.D, p.Dv = call.H, call.Hkv, call.D, call.Dv
+    describe_nodes(&p.query, call.query, 3)
+    describe_nodes(&p.key, call.key, 3)
+    describe_nodes(&p.value, call.value, 3)
+    describe_nodes(&p.out, call.out, 3)
+    describe_nodes(&p.edge_key, call.edge_key, 3)
+    describe_nodes(&p.edge_value, call.edge_value, 3)
+    describe_nodes(&p.edge_bias, call.edge_bias, 2)
+    describe_nodes(&p.lse, call.lse, 2)
+    describe_nodes(&p.delta, call.delta, 2)
+    describe_nodes(&p.grad_out, call.grad_out, 3)
+    describe_nodes(&p.grad_query, call.grad_query, 3)
+    describe_nodes(&p.w, call.w, 3)
+    p.begin, p.end, p.rows = integers(call.begin), integers(call.end), integers(call.rows)
+    p.order, p.cuts = integers(call.order), integers(call.cuts)
+    p.source = cnp.PyArray_DATA(call.source)
+    p.wide = cnp.PyArray_ITEMSIZE(call.source) == 8
+    p.sinks = NULL if call.sinks is None else cnp.PyArray_DATA(call.sinks)
+    p.weights = NULL if call.weights is None else cnp.PyArray_DATA(call.weights)
+    p.grad_scores = NULL if call.grad_scores is None else cnp.PyArray_DATA(call.grad_scores)
+    p.grad_bias = NULL if call.grad_bias is None else cnp.PyArray_DATA(call.grad_bias)
+    p.grad_w = NULL if call.grad_w is None else cnp.PyArray_DATA(call.grad_w)
+    p.scale, p.softcap, p.slope, p.keep = call.scale, call.softcap, call.slope, call.keep
+    p.seed, p.dropout = call.seed, call.dropout
     if p.n_tasks == 0 or p.H == 0:
         return
     flops = 2.0*p.H*(p.n_edges + p.n_rows)*(p.D + p.Dv + 32)
-    work.kernel = kernel_of(g.bits)
+    work.kernel = kernel_of(call.bits)
     work.p = NULL
     work.graph = &p
     work.in_turn = False
