@@ -11,15 +11,19 @@
 
 cdef enum:
     EDGES = 64              # of a block
-    AHEAD_EDGES = 24
+    EDGES_AHEAD = 16        # the edge that is asked for, behind the one that is read
+    EDGE_ROOM = EDGES + EDGES_AHEAD + 16
 
 
 cdef struct Edges:
     const fastattn_graph* p
     int64_t row, h, h_kv
-    Py_ssize_t n                    # of the block, those that count
-    int64_t source[EDGES]
+    Py_ssize_t n                    # edges of the block that count
+    int64_t source[EDGE_ROOM]       # and those behind
     int64_t at[EDGES]               # where what belongs to the edge stands
+    int64_t k_at[EDGE_ROOM]         # bytes from the first source's key to this one's
+    int64_t v_at[EDGE_ROOM]
+    Source values
     real bias[EDGES]
     real S[EDGES]
     real dP[EDGES]
@@ -27,6 +31,9 @@ cdef struct Edges:
     real* w                         # [D'] the head's weight of features
     real* g                         # [Dv'] its grad_out
     real* O                         # [max(D', Dv')]
+    real* Ob                        # [max(D', Dv')] of one block
+    real* m                         # [H]
+    double* l                       # [H]
 
 
 cdef inline int64_t source_of(const fastattn_graph* p, int64_t e) noexcept nogil:
@@ -37,19 +44,6 @@ cdef inline const char* node(const fastattn_array* a, int64_t row, int64_t h) no
     return <const char*>a.data + (row*a.row + h*a.head)*v_size(a.kind)
 
 
-cdef inline void ask_for(const fastattn_array* a, int64_t row, int64_t heads, Py_ssize_t columns) noexcept nogil:
-    # all heads of a row, where they lie together
-    cdef Py_ssize_t n = columns*v_size(a.kind)
-    cdef int64_t h
-    if a.data == NULL or a.col != 1:
-        return
-    if a.head == columns:
-        v_fetch_soon(node(a, row, 0), heads*n)
-        return
-    for h in range(heads if a.head != 0 else 1):
-        v_fetch_soon(node(a, row, h), n)
-
-
 cdef void unpack(const fastattn_array* a, int64_t row, int64_t h, Py_ssize_t n, real* to) noexcept nogil:
     # a row as whole vectors, zeros behind
     cdef Py_ssize_t d = 0
@@ -58,66 +52,141 @@ cdef void unpack(const fastattn_array* a, int64_t row, int64_t h, Py_ssize_t n, 
         d += VL
 
 
-cdef int64_t gather_edges(Edges* t, int64_t begin, int64_t end) noexcept nogil:
-    # The next edges that count, at most EDGES; returns where it stopped.
+cdef void gather_edges(Edges* t, int64_t begin, int64_t end) noexcept nogil:
+    # The edges that count of [begin, end), at most EDGES, and behind them those to come.
     cdef const fastattn_graph* p = t.p
-    cdef int64_t e = begin
+    cdef int64_t e, j
+    cdef Py_ssize_t i
     cdef real b = 0
+    cdef int64_t k_row = p.key.row*v_size(p.key.kind)
+    cdef int64_t v_row = p.value.row*v_size(p.value.kind)
     t.n = 0
-    while e < end and t.n < EDGES:
-        if t.h == 0 and e + AHEAD_EDGES < p.n_edges:
-            ask_for(&p.key, source_of(p, e + AHEAD_EDGES), p.Hkv, p.D)
-            ask_for(&p.value, source_of(p, e + AHEAD_EDGES), p.Hkv, p.Dv)
+    for e in range(begin, end):
         t.source[t.n] = source_of(p, e)
         t.at[t.n] = p.order[e] if p.order != NULL else e
         if p.edge_bias.data != NULL:
             b = real_at(node(&p.edge_bias, t.at[t.n], t.h), 0, p.edge_bias.kind)
-        t.bias[t.n] = b
+            t.bias[t.n] = b
         t.n += b != -INFINITY
-        e += 1
-    return e
+    if t.n == 0:
+        return
+    for i in range(t.n, t.n + EDGES_AHEAD + 16):
+        j = end + i - t.n
+        t.source[i] = source_of(p, j) if j < p.n_edges else t.source[0]
+    for i in range(t.n + EDGES_AHEAD + 16):
+        t.k_at[i] = t.source[i]*k_row
+        t.v_at[i] = t.source[i]*v_row
 
 
 cdef inline vf leaky(vf x, vf slope) noexcept nogil:
     return v_where_lt(x, v_zero(), v_mul(x, slope), x)
 
 
-cdef void edge_scores(Edges* t) noexcept nogil:
-    # S of the block's edges, zeros in the lanes behind them
-    cdef const fastattn_graph* p = t.p
+cdef inline void dots_of(const int nv, const int kind, Edges* t, const real* q, const fastattn_array* a, const int64_t* at,
+                         Py_ssize_t D, real* to) noexcept nogil:
+    # to[e] = q · a[source e] for rows that lie together
+    cdef vf acc[16]
+    cdef const char* data = node(a, 0, t.h_kv)
+    cdef Py_ssize_t j = 0
+    while j < t.n:
+        group_dots(1, min(4, VL), nv, kind, v_anchor(q), data, at + j, EDGES_AHEAD, D, acc)
+        if VL > 4:
+            group_dots(1, min(4, VL), nv, kind, v_anchor(q), data, at + j + 4, EDGES_AHEAD, D, acc + 4)
+        if VL > 8:
+            group_dots(1, min(4, VL), nv, kind, v_anchor(q), data, at + j + 8, EDGES_AHEAD, D, acc + 8)
+            group_dots(1, min(4, VL), nv, kind, v_anchor(q), data, at + j + 12, EDGES_AHEAD, D, acc + 12)
+        v_store(to + j, v_sums(acc))
+        j += VL
+
+
+cdef inline void dots_kind(const int kind, Edges* t, const real* q, const fastattn_array* a, const int64_t* at, Py_ssize_t D,
+                           real* to) noexcept nogil:
+    if D == 32:
+        dots_of(32//VL, kind, t, q, a, at, D, to)
+    elif D == 64:
+        dots_of(64//VL, kind, t, q, a, at, D, to)
+    else:
+        dots_of(0, kind, t, q, a, at, D, to)
+
+
+cdef void edge_dots(Edges* t, const real* q, const fastattn_array* a, const fastattn_array* feature, const int64_t* at,
+                    Py_ssize_t D, real* to) noexcept nogil:
+    # to[e] = q · (a[source e] + feature_e); anything behind the last edge
     cdef vf sums[VL]
     cdef vf acc, x
-    cdef vf slope = v_set1(<real>p.slope)
-    cdef const char* k
+    cdef const char* row
     cdef const char* f
     cdef Py_ssize_t first = 0
     cdef Py_ssize_t i, d
-    cdef bint plain = p.key.kind == FASTATTN_REAL and p.key.col == 1 and p.edge_key.data == NULL
+    if a.col == 1 and feature.data == NULL:
+        if sizeof(real) == 8 or a.kind == FASTATTN_REAL:
+            dots_kind(FASTATTN_REAL, t, q, a, at, D, to)
+        elif a.kind == FASTATTN_F16:
+            dots_kind(FASTATTN_F16, t, q, a, at, D, to)
+        else:
+            dots_kind(FASTATTN_BF16, t, q, a, at, D, to)
+        return
     while first < t.n:
         for i in range(VL):
             acc = v_zero()
             if first + i < t.n:
-                k = node(&p.key, t.source[first + i], t.h_kv)
-                f = node(&p.edge_key, t.at[first + i], t.h_kv) if p.edge_key.data != NULL else NULL
+                row = node(a, t.source[first + i], t.h_kv)
+                f = node(feature, t.at[first + i], t.h_kv) if feature.data != NULL else NULL
                 d = 0
-                while d < p.D:
-                    if plain:
-                        x = v_load_part(<const real*>k + d, p.D - d)
-                    else:
-                        x = load_row(k, d*p.key.col, p.key.col, p.D - d, p.key.kind)
-                        if f != NULL:
-                            x = v_add(x, load_row(f, d*p.edge_key.col, p.edge_key.col, p.D - d, p.edge_key.kind))
-                    if p.score == FASTATTN_DOT:
-                        acc = v_fma(v_load(t.q + d), x, acc)
-                    else:
-                        acc = v_fma(v_load(t.w + d), leaky(v_add(v_load(t.q + d), x), slope), acc)
+                while d < D:
+                    x = load_row(row, d*a.col, a.col, D - d, a.kind)
+                    if f != NULL:
+                        x = v_add(x, load_row(f, d*feature.col, feature.col, D - d, feature.kind))
+                    acc = v_fma(v_load(q + d), x, acc)
                     d += VL
             sums[i] = acc
-        acc = v_mul(v_sums(sums), v_set1(<real>p.scale))
-        if p.softcap > 0:
-            acc = v_mul(v_tanh(v_div(acc, v_set1(<real>p.softcap))), v_set1(<real>p.softcap))
-        v_store(t.S + first, v_add(acc, v_load(t.bias + first)) if p.edge_bias.data != NULL else acc)
+        v_store(to + first, v_sums(sums))
         first += VL
+
+
+cdef void leaky_scores(Edges* t) noexcept nogil:
+    # S = w · leaky(q + k[source e] + edge_key_e)
+    cdef const fastattn_graph* p = t.p
+    cdef vf slope = v_set1(<real>p.slope)
+    cdef vf sums[VL]
+    cdef vf acc, x
+    cdef const char* k
+    cdef Py_ssize_t first = 0
+    cdef Py_ssize_t i, d
+    while first < t.n:
+        for i in range(VL):
+            acc = v_zero()
+            d = 0
+            while first + i < t.n and d < p.D:
+                k = node(&p.key, t.source[first + i], t.h_kv)
+                if d == 0 and p.key.col == 1:
+                    v_fetch_soon(node(&p.key, t.source[first + i + EDGES_AHEAD], t.h_kv), p.D*v_size(p.key.kind))
+                x = load_row(k, d*p.key.col, p.key.col, p.D - d, p.key.kind)
+                if p.edge_key.data != NULL:
+                    x = v_add(x, load_row(node(&p.edge_key, t.at[first + i], t.h_kv), d*p.edge_key.col, p.edge_key.col,
+                                          p.D - d, p.edge_key.kind))
+                acc = v_fma(v_load(t.w + d), leaky(v_add(v_load(t.q + d), x), slope), acc)
+                d += VL
+            sums[i] = acc
+        v_store(t.S + first, v_sums(sums))
+        first += VL
+
+
+cdef void edge_scores(Edges* t) noexcept nogil:
+    # S of the block's edges, anything in the lanes behind them
+    cdef const fastattn_graph* p = t.p
+    cdef vf x
+    cdef Py_ssize_t i = 0
+    if p.score == FASTATTN_DOT:
+        edge_dots(t, t.q, &p.key, &p.edge_key, t.k_at, p.D, t.S)
+    else:
+        leaky_scores(t)
+    while i < t.n:
+        x = v_mul(v_load(t.S + i), v_set1(<real>p.scale))
+        if p.softcap > 0:
+            x = v_mul(v_tanh(v_div(x, v_set1(<real>p.softcap))), v_set1(<real>p.softcap))
+        v_store(t.S + i, v_add(x, v_load(t.bias + i)) if p.edge_bias.data != NULL else x)
+        i += VL
 
 
 cdef inline real largest(const real* S, Py_ssize_t n) noexcept nogil:
@@ -180,18 +249,45 @@ cdef inline void add_rows(Edges* t, const int nv, Py_ssize_t d, const real* P, c
         v_store(t.O + d + u*VL, v_fma(v_load(t.O + d + u*VL), factor, acc[u]))
 
 
-cdef void add_edges(Edges* t, const real* P, const fastattn_array* a, const fastattn_array* feature, Py_ssize_t columns,
-                    real factor) noexcept nogil:
+cdef inline void sums_kind(const int kind, Edges* t, const real* P, Py_ssize_t columns) noexcept nogil:
+    # Ob += sum_e P_e a[source e] for rows that lie together
+    cdef Py_ssize_t d = 0
+    while columns - d >= 4*VL:
+        tile_rows(1, 4, True, kind, P, 1, &t.values, d, VL, 0, t.n, t.Ob + d, 0, EDGES_AHEAD)
+        d += 4*VL
+    while columns - d >= 2*VL:
+        tile_rows(1, 2, True, kind, P, 1, &t.values, d, VL, 0, t.n, t.Ob + d, 0, EDGES_AHEAD)
+        d += 2*VL
+    while d < columns:
+        tile_rows(1, 1, True, kind, P, 1, &t.values, d, columns - d, 0, t.n, t.Ob + d, 0, EDGES_AHEAD)
+        d += VL
+
+
+cdef void add_edges(Edges* t, const real* P, const fastattn_array* a, const fastattn_array* feature, const int64_t* at,
+                    Py_ssize_t columns, real factor) noexcept nogil:
+    # O = O factor + sum_e P_e (a[source e] + feature_e)
     cdef Py_ssize_t d = 0
     cdef vf c = v_set1(factor)
-    while whole(columns) - d >= 4*VL:
-        add_rows(t, 4, d, P, a, feature, columns, c)
-        d += 4*VL
-    while whole(columns) - d >= 2*VL:
-        add_rows(t, 2, d, P, a, feature, columns, c)
-        d += 2*VL
-    if d < columns:
-        add_rows(t, 1, d, P, a, feature, columns, c)
+    if a.col != 1 or feature.data != NULL:
+        while whole(columns) - d >= 4*VL:
+            add_rows(t, 4, d, P, a, feature, columns, c)
+            d += 4*VL
+        while d < columns:
+            add_rows(t, 1, d, P, a, feature, columns, c)
+            d += VL
+        return
+    memset(t.Ob, 0, whole(columns)*sizeof(real))
+    t.values.data = node(a, 0, t.h_kv)
+    t.values.at = at
+    if sizeof(real) == 8 or a.kind == FASTATTN_REAL:
+        sums_kind(FASTATTN_REAL, t, P, columns)
+    elif a.kind == FASTATTN_F16:
+        sums_kind(FASTATTN_F16, t, P, columns)
+    else:
+        sums_kind(FASTATTN_BF16, t, P, columns)
+    while d < columns:
+        v_store(t.O + d, v_fma(v_load(t.O + d), c, v_load(t.Ob + d)))
+        d += VL
 
 
 cdef void write_node(const fastattn_array* a, int64_t row, int64_t h, Py_ssize_t n, const real* x, real factor) noexcept nogil:
@@ -202,38 +298,57 @@ cdef void write_node(const fastattn_array* a, int64_t row, int64_t h, Py_ssize_t
 
 
 cdef void attend_row(Edges* t, int64_t begin, int64_t end, int64_t out_row) noexcept nogil:
-    # One target, one head.
+    # One target. All heads take a block of edges before the next one.
     cdef const fastattn_graph* p = t.p
-    cdef real m = -INFINITY
-    cdef double l = 0
-    cdef real most, c
-    cdef real sink = (<const real*>p.sinks)[t.h] if p.sinks != NULL else -INFINITY
-    unpack(&p.query, t.row, t.h, p.D, t.q)
-    memset(t.O, 0, whole(p.Dv)*sizeof(real))
+    cdef real* q = t.q
+    cdef real* O = t.O
+    cdef Py_ssize_t ldq = whole(p.D)
+    cdef Py_ssize_t ldo = whole(p.Dv)
+    cdef int64_t stop, h
+    cdef real most, c, sink
+    for h in range(p.H):
+        unpack(&p.query, t.row, h, p.D, q + h*ldq)
+        t.m[h] = -INFINITY
+        t.l[h] = 0
+    memset(O, 0, p.H*ldo*sizeof(real))
     while begin < end:
-        begin = gather_edges(t, begin, end)
-        if t.n == 0:
-            continue
-        edge_scores(t)
-        most = largest(t.S, t.n)
-        c = 1
-        if most > m:
-            c = <real>exp(<double>m - most) if m != -INFINITY else 0
-            m = most
-        l = l*c + weigh_edges(t.S, t.n, m)
-        if p.dropout != 0:
-            drop_edges(t)
-        add_edges(t, t.S, &p.value, &p.edge_value, p.Dv, c)
-    if sink != -INFINITY:
-        if sink > m:
-            c = <real>exp(<double>m - sink) if m != -INFINITY else 0
-            l *= c
-            m = sink
-            scale_row(t.O, whole(p.Dv), c)
-        l += exp(<double>sink - m)
-    write_node(&p.out, out_row, t.h, p.Dv, t.O, <real>(1/l) if l != 0 else 0)
-    if p.lse.data != NULL:
-        (<real*>node(&p.lse, out_row, t.h))[0] = <real>(m + log(l)) if l != 0 else -INFINITY
+        stop = min(end, begin + EDGES)
+        for h in range(p.H):
+            t.h = h
+            t.h_kv = h//(p.H//p.Hkv)
+            if h == 0 or p.edge_bias.data != NULL:
+                gather_edges(t, begin, stop)
+            if t.n == 0:
+                continue
+            t.q = q + h*ldq
+            t.O = O + h*ldo
+            if p.score != FASTATTN_DOT:
+                unpack(&p.w, 0, h, p.D, t.w)
+            edge_scores(t)
+            most = largest(t.S, t.n)
+            c = 1
+            if most > t.m[h]:
+                c = <real>exp(<double>t.m[h] - most) if t.m[h] != -INFINITY else 0
+                t.m[h] = most
+            t.l[h] = t.l[h]*c + weigh_edges(t.S, t.n, t.m[h])
+            if p.dropout != 0:
+                drop_edges(t)
+            add_edges(t, t.S, &p.value, &p.edge_value, t.v_at, p.Dv, c)
+        begin = stop
+    for h in range(p.H):
+        sink = (<const real*>p.sinks)[h] if p.sinks != NULL else -INFINITY
+        if sink != -INFINITY:
+            if sink > t.m[h]:
+                c = <real>exp(<double>t.m[h] - sink) if t.m[h] != -INFINITY else 0
+                t.l[h] *= c
+                t.m[h] = sink
+                scale_row(O + h*ldo, ldo, c)
+            t.l[h] += exp(<double>sink - t.m[h])
+        write_node(&p.out, out_row, h, p.Dv, O + h*ldo, <real>(1/t.l[h]) if t.l[h] != 0 else 0)
+        if p.lse.data != NULL:
+            (<real*>node(&p.lse, out_row, h))[0] = <real>(t.m[h] + log(t.l[h])) if t.l[h] != 0 else -INFINITY
+    t.q = q
+    t.O = O
 
 
 cdef void scale_row(real* x, Py_ssize_t n, real c) noexcept nogil:
@@ -260,31 +375,6 @@ cdef void drop_edges(Edges* t) noexcept nogil:
     keep_edges(t, t.dP)
     for i in range(t.n):
         t.S[i] = t.S[i]*t.dP[i] if t.dP[i] != 0 else 0
-
-
-cdef void edge_products(Edges* t) noexcept nogil:
-    # dP = g · (v[source e] + edge_value_e)
-    cdef const fastattn_graph* p = t.p
-    cdef vf sums[VL]
-    cdef vf acc, x
-    cdef const char* v
-    cdef Py_ssize_t first = 0
-    cdef Py_ssize_t i, d
-    while first < t.n:
-        for i in range(VL):
-            acc = v_zero()
-            d = 0
-            while first + i < t.n and d < p.Dv:
-                v = node(&p.value, t.source[first + i], t.h_kv)
-                x = load_row(v, d*p.value.col, p.value.col, p.Dv - d, p.value.kind)
-                if p.edge_value.data != NULL:
-                    x = v_add(x, load_row(node(&p.edge_value, t.at[first + i], t.h_kv), d*p.edge_value.col,
-                                          p.edge_value.col, p.Dv - d, p.edge_value.kind))
-                acc = v_fma(v_load(t.g + d), x, acc)
-                d += VL
-            sums[i] = acc
-        v_store(t.dP + first, v_sums(sums))
-        first += VL
 
 
 cdef void add_slopes(Edges* t, const real* dS, const fastattn_array* a, const fastattn_array* feature, real* own_grad,
@@ -326,16 +416,17 @@ cdef void row_gradient(Edges* t, int64_t begin, int64_t end, int64_t out_row, re
     unpack(&p.grad_out, t.row, t.h, p.Dv, t.g)
     memset(t.O, 0, whole(p.D)*sizeof(real))
     while begin < end:
-        begin = gather_edges(t, begin, end)
+        gather_edges(t, begin, min(end, begin + EDGES))
+        begin += EDGES
         if t.n == 0:
             continue
         edge_scores(t)
         if p.softcap > 0:       # before the weights take the scores' place; the bias was added behind the cap
             for i in range(t.n):
-                x = (t.S[i] - t.bias[i])/<real>p.softcap
+                x = (t.S[i] - (t.bias[i] if p.edge_bias.data != NULL else 0))/<real>p.softcap
                 t.bias[i] = (1 - x)*(1 + x)
         weigh_edges(t.S, t.n, lse)
-        edge_products(t)
+        edge_dots(t, t.g, &p.value, &p.edge_value, t.v_at, p.Dv, t.dP)
         if p.dropout != 0:
             keep_edges(t, keep)
         for i in range(t.n):
@@ -354,7 +445,7 @@ cdef void row_gradient(Edges* t, int64_t begin, int64_t end, int64_t out_row, re
             at[0] = dz
             t.S[i] = dz
         if p.score == FASTATTN_DOT:
-            add_edges(t, t.S, &p.key, &p.edge_key, p.D, 1)
+            add_edges(t, t.S, &p.key, &p.edge_key, t.k_at, p.D, 1)
         else:
             add_slopes(t, t.S, &p.key, &p.edge_key, t.O, w_grad)
     write_node(&p.grad_query, out_row, t.h, p.D, t.O, 1)
@@ -377,18 +468,33 @@ cdef void sum_row(Edges* t, int64_t begin, int64_t end, int64_t out_row) noexcep
             unpack(&p.w, 0, t.h, p.D, t.w)
         e = begin
         while e < end:
-            e = gather_edges(t, e, end)
+            gather_edges(t, e, min(end, e + EDGES))
+            e += EDGES
             for i in range(t.n):
                 t.S[i] = (<const real*>p.weights)[t.at[i]*p.H + t.h]
             if p.score == FASTATTN_DOT:
-                add_edges(t, t.S, &p.value, &p.edge_value, p.Dv, 1)
+                add_edges(t, t.S, &p.value, &p.edge_value, t.v_at, p.Dv, 1)
             else:
                 add_slopes(t, t.S, &p.value, &p.edge_value, t.O, NULL)
     write_node(&p.out, out_row, h_kv, p.Dv, t.O, 1)
 
 
+cdef size_t lay_out_edges(Edges* t, const fastattn_graph* p, char* memory) noexcept nogil:
+    cdef Py_ssize_t wide = max(whole(p.D), whole(p.Dv))
+    cdef real* at = <real*>(memory + (sizeof(Edges) + 63)//64*64)
+    t.q = at
+    t.w = t.q + p.H*whole(p.D)
+    t.g = t.w + whole(p.D)
+    t.Ob = t.g + whole(p.Dv)
+    t.O = t.Ob + wide
+    t.l = <double*>(t.O + p.H*wide)
+    t.m = <real*>(t.l + p.H)
+    return <char*>(t.m + p.H) - memory
+
+
 cdef size_t graph_scratch(const fastattn_graph* p) noexcept nogil:
-    return (sizeof(Edges) + 63)//64*64 + (2*whole(p.D) + whole(p.Dv) + max(whole(p.D), whole(p.Dv)))*sizeof(real)
+    cdef Edges t
+    return lay_out_edges(&t, p, NULL)
 
 
 cdef void run_graph(const fastattn_graph* p, int64_t task, void* memory) noexcept nogil:
@@ -399,12 +505,12 @@ cdef void run_graph(const fastattn_graph* p, int64_t task, void* memory) noexcep
     cdef real* w_grad
     memset(t, 0, sizeof(Edges))         # lanes behind the last edge are computed with, not used
     t.p = p
-    t.q = <real*>(<char*>memory + (sizeof(Edges) + 63)//64*64)
-    t.w = t.q + whole(p.D)
-    t.g = t.w + whole(p.D)
-    t.O = t.g + whole(p.Dv)
+    lay_out_edges(t, p, <char*>memory)
     for i in range(p.cuts[task], p.cuts[task + 1]):
         t.row = p.rows[i] if p.rows != NULL else i
+        if p.mode == FASTATTN_GRAPH_OUTPUT:
+            attend_row(t, p.begin[i], p.end[i], i)
+            continue
         for h in range(heads):
             t.h = h
             t.h_kv = h if p.mode == FASTATTN_GRAPH_SUM else h//(p.H//p.Hkv)
@@ -413,10 +519,7 @@ cdef void run_graph(const fastattn_graph* p, int64_t task, void* memory) noexcep
                 continue
             if p.score != FASTATTN_DOT:
                 unpack(&p.w, 0, h, p.D, t.w)
-            if p.mode == FASTATTN_GRAPH_GRADIENT:
-                w_grad = NULL
-                if p.grad_w != NULL:
-                    w_grad = <real*>p.grad_w + (task*p.H + h)*((p.D + 15)//16*16)
-                row_gradient(t, p.begin[i], p.end[i], i, w_grad)
-            else:
-                attend_row(t, p.begin[i], p.end[i], i)
+            w_grad = NULL
+            if p.grad_w != NULL:
+                w_grad = <real*>p.grad_w + (task*p.H + h)*((p.D + 15)//16*16)
+            row_gradient(t, p.begin[i], p.end[i], i, w_grad)
