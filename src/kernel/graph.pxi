@@ -153,6 +153,17 @@ cdef void leaky_scores(Edges* t) noexcept nogil:
     cdef const char* k
     cdef Py_ssize_t first = 0
     cdef Py_ssize_t i, d
+    if p.D == 1:            # GAT: lanes are edges
+        for i in range(t.n):
+            v_fetch_soon(node(&p.key, t.source[i + EDGES_AHEAD], t.h_kv), 1)
+            t.S[i] = real_at(node(&p.key, t.source[i], t.h_kv), 0, p.key.kind)
+            if p.edge_key.data != NULL:
+                t.S[i] += real_at(node(&p.edge_key, t.at[i], t.h_kv), 0, p.edge_key.kind)
+        while first < t.n:
+            x = leaky(v_add(v_load(t.S + first), v_set1(t.q[0])), slope)
+            v_store(t.S + first, v_mul(x, v_set1(t.w[0])))
+            first += VL
+        return
     while first < t.n:
         for i in range(VL):
             acc = v_zero()
