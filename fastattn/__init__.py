@@ -23,10 +23,21 @@ from .attention import attention, attention_weights, varlen_attention
 from .bias import ALiBi, RelativeBias
 from .cache import KVCache
 from .gradient import attention_backward, varlen_attention_backward
+from .graph import (
+    Graph,
+    gat_attention,
+    gat_attention_backward,
+    gatv2_attention,
+    gatv2_attention_backward,
+    graph_attention,
+    graph_attention_backward,
+)
 from .merge import merge_states
 
 __version__ = _config()["fastattn"]
 
-__all__ = ["ALiBi", "KVCache", "RelativeBias", "attention", "attention_backward", "attention_weights", "get_include",
-           "get_num_threads", "isa", "masks", "merge_states", "positions", "reference", "set_num_threads",
-           "show_config", "threads", "varlen_attention", "varlen_attention_backward"]
+__all__ = ["ALiBi", "Graph", "KVCache", "RelativeBias", "attention", "attention_backward", "attention_weights",
+           "gat_attention", "gat_attention_backward", "gatv2_attention", "gatv2_attention_backward",
+           "get_include", "get_num_threads", "graph_attention", "graph_attention_backward", "isa", "masks",
+           "merge_states", "positions", "reference", "set_num_threads", "show_config", "threads",
+           "varlen_attention", "varlen_attention_backward"]

@@ -12,11 +12,20 @@ from .bias import RelativeBias as RelativeBias
 from .cache import KVCache as KVCache
 from .gradient import attention_backward as attention_backward
 from .gradient import varlen_attention_backward as varlen_attention_backward
+from .graph import Graph as Graph
+from .graph import gat_attention as gat_attention
+from .graph import gat_attention_backward as gat_attention_backward
+from .graph import gatv2_attention as gatv2_attention
+from .graph import gatv2_attention_backward as gatv2_attention_backward
+from .graph import graph_attention as graph_attention
+from .graph import graph_attention_backward as graph_attention_backward
 from .merge import merge_states as merge_states
 
-__all__ = ["ALiBi", "KVCache", "RelativeBias", "attention", "attention_backward", "attention_weights", "get_include",
-           "get_num_threads", "isa", "masks", "merge_states", "positions", "reference", "set_num_threads",
-           "show_config", "threads", "varlen_attention", "varlen_attention_backward"]
+__all__ = ["ALiBi", "Graph", "KVCache", "RelativeBias", "attention", "attention_backward", "attention_weights",
+           "gat_attention", "gat_attention_backward", "gatv2_attention", "gatv2_attention_backward",
+           "get_include", "get_num_threads", "graph_attention", "graph_attention_backward", "isa", "masks",
+           "merge_states", "positions", "reference", "set_num_threads", "show_config", "threads",
+           "varlen_attention", "varlen_attention_backward"]
 
 __version__: str
 

@@ -80,6 +80,10 @@ if _isa == "reference":
     def backward(problem):
         from . import reference
         reference.backward(problem)
+
+    def graph(call):
+        from . import reference
+        reference.run_graph(call)
 else:
     def _table(isa, bits):
         return importlib.import_module(f"{__package__}._kernel_{isa}_f{bits}").table
@@ -92,6 +96,7 @@ else:
     plain = _dispatch.plain
     forward = _dispatch.forward
     backward = _dispatch.backward
+    graph = _dispatch.graph
     store = _dispatch.store
     measure_peak = _dispatch.measure_peak
     read_once = _dispatch.read_once

@@ -16,9 +16,11 @@ bias hold. A row that sees no key has out = 0 and lse = -inf, or lse = the sink 
 seen propagate, and a row whose visible scores are all -inf is NaN, not empty.
 """
 
+import functools
+
 import numpy as np
 
-from . import checks, gradient, merge
+from . import checks, gradient, graph, merge
 from .bias import ALiBi
 
 
@@ -258,6 +260,104 @@ def dropout(problem, batch, head):
     i, j = np.arange(L, dtype=np.uint64)[:, None], np.arange(-(-S // 4), dtype=np.uint64)
     numbers = philox((j, i, np.uint64(head[-1]), np.uint64(problem.batch + batch)), problem.seed)
     return np.where(np.stack(numbers, axis=-1).reshape(L, -1)[:, :S] >= problem.dropout, problem.keep, 0)
+
+
+def _in_numpy(function):
+    @functools.wraps(function)
+    def call(*args, **options):
+        token = graph.kernel.set(run_graph)
+        try:
+            return function(*args, **options)
+        finally:
+            graph.kernel.reset(token)
+    return call
+
+
+graph_attention, graph_attention_backward = map(_in_numpy, (graph.graph_attention, graph.graph_attention_backward))
+gat_attention, gat_attention_backward = map(_in_numpy, (graph.gat_attention, graph.gat_attention_backward))
+gatv2_attention, gatv2_attention_backward = map(_in_numpy, (graph.gatv2_attention, graph.gatv2_attention_backward))
+
+
+def run_graph(call, dtype=None):
+    """Fill the results of a call of graph.py, computing in `dtype` (float64 unless given)."""
+    dtype = np.dtype(dtype or np.float64).type
+    n = call.end - call.begin
+    row = np.repeat(np.arange(len(n)), n)
+    e = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) + call.begin[row]
+    of, source = e if call.order is None else call.order[e], call.source[e]
+    target = row if call.rows is None else call.rows[row]
+    group = call.H // call.Hkv if call.Hkv else 1
+
+    def features(array, of_edges, h):
+        x = array[source, h].astype(dtype)
+        return x if of_edges is None else x + of_edges[of, h].astype(dtype)
+
+    def total(x):
+        result = np.zeros((len(n), *x.shape[1:]), dtype)
+        np.add.at(result, row, x)
+        return result
+
+    def leaky(x):
+        return np.where(x < 0, call.slope * x, x)
+
+    with np.errstate(all="ignore"):
+        if call.mode == graph.SUM:
+            for h_kv in range(call.Hkv):
+                out = 0
+                for h in range(h_kv * group, (h_kv + 1) * group):
+                    x = call.weights[of, h][:, None].astype(dtype)
+                    inside = features(call.value, call.edge_value, h)
+                    if call.score == graph.DOT:
+                        x = x * inside
+                    else:
+                        inside = inside + call.query[target, h_kv].astype(dtype)
+                        x = x * call.w[0, h].astype(dtype) * np.where(inside < 0, call.slope, 1)
+                    out = out + total(x)
+                call.out[:, h_kv] = out
+            return
+        for h in range(call.H):
+            k, v = features(call.key, call.edge_key, h // group), features(call.value, call.edge_value, h // group)
+            q = call.query[target, h].astype(dtype)
+            w = None if call.score == graph.DOT else call.w[0, h].astype(dtype)
+            s = dtype(call.scale) * ((q * k) if w is None else w * leaky(q + k)).sum(axis=1)
+            slope = 1
+            if call.softcap:
+                s = call.softcap * np.tanh(s / call.softcap)
+                slope = (1 - s / call.softcap) * (1 + s / call.softcap)
+            if call.edge_bias is not None:
+                s = s + call.edge_bias[of, h].astype(dtype)
+                s[call.edge_bias[of, h] == -np.inf] = -np.inf
+            seen = s != -np.inf
+            v, k = np.where(seen[:, None], v, 0), np.where(seen[:, None], k, 0)
+            stay = 1
+            if call.dropout:
+                numbers = philox((of // 4, np.uint64(0), np.uint64(h), np.uint64(0)), call.seed)
+                numbers = np.choose(of % 4, numbers)
+                stay = np.where(numbers >= call.dropout, call.keep, 0)
+            if call.mode == graph.GRADIENT:
+                p = np.where(seen, np.exp(s - call.lse[target, h]), 0)
+                dp = stay * (call.grad_out[target, h].astype(dtype) * v).sum(axis=1)
+                dz = np.where(seen, p * (dp - call.delta[target, h]), 0)
+                ds = dz * slope * call.scale
+                call.weights[of, h], call.grad_bias[of, h], call.grad_scores[of, h] = p * stay, dz, ds
+                if w is None:
+                    call.grad_query[:, h] = total(ds[:, None] * k)
+                else:
+                    call.grad_query[:, h] = total(ds[:, None] * w * np.where(q + k < 0, call.slope, 1))
+                    if call.grad_w is not None:
+                        call.grad_w[0, h, : call.D] = (ds[:, None] * leaky(q + k)).sum(axis=0)
+                continue
+            m = np.full(len(n), -np.inf)
+            np.fmax.at(m, row, s)
+            if call.sinks is not None:
+                m = np.fmax(m, call.sinks[h])
+            p = np.where(seen, np.exp(s - np.where(m == -np.inf, 0, m)[row]), 0)
+            sums = total(p)
+            if call.sinks is not None:
+                sums = sums + np.exp(call.sinks[h].astype(dtype) - m)
+            call.out[:, h] = np.where(sums[:, None] == 0, 0, total((p * stay)[:, None] * v) / sums[:, None])
+            if call.lse is not None:
+                call.lse[:, h] = np.where(sums == 0, -np.inf, m + np.log(sums))
 
 
 def philox(counter, seed):

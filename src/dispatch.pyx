@@ -161,6 +161,9 @@ cdef void poll(void* data) noexcept nogil:
 cdef struct Work:
     const fastattn_kernel* kernel
     const fastattn_problem* p
+    const fastattn_graph* graph         # instead of p
+    const fastattn_problem* calls       # whose stop and poll are looked at
+    bint in_turn                        # tasks wait for earlier ones: one at a time
     int64_t n_tasks, next, idle         # next: the first task nobody has; idle: threads that found none
     char* scratch
     size_t size                         # of a thread's part
@@ -170,26 +173,29 @@ cdef void work_off(Work* work) noexcept nogil:
     cdef int thread = fastattn_thread()
     cdef int64_t first, task, n
     cdef double start
-    while work.p.stop[0] == 0:
+    while work.calls.stop[0] == 0:
         n = fastattn_add(&work.next, 0)
         n = max(<int64_t>1, min(<int64_t>RUN, (work.n_tasks - n)//(8*fastattn_team())))
-        if work.p.reduce == FASTATTN_GRADIENT and work.p.chunks > 1:    # tasks wait for earlier ones
+        if work.in_turn:
             n = 1
         first = fastattn_add(&work.next, n)
         if first >= work.n_tasks:
             break
         for task in range(first, min(first + n, work.n_tasks)):
-            if work.p.stop[0] != 0:
+            if work.calls.stop[0] != 0:
                 break
-            if thread == 0 and work.p.poll != NULL:
-                work.p.poll(work.p.poll_data)
-            work.kernel.run(work.p, work.n_tasks, task, thread == 0, work.scratch + thread*work.size)
+            if thread == 0 and work.calls.poll != NULL:
+                work.calls.poll(work.calls.poll_data)
+            if work.graph != NULL:
+                work.kernel.graph(work.graph, task, work.scratch + thread*work.size)
+            else:
+                work.kernel.run(work.p, work.n_tasks, task, thread == 0, work.scratch + thread*work.size)
     fastattn_add(&work.idle, 1)
-    if thread == 0 and work.p.poll != NULL:
+    if thread == 0 and work.calls.poll != NULL:
         # The others' last tasks may be long: go on looking for signals, busy for a millisecond, then at leisure.
         start = fastattn_clock()
         while fastattn_add(&work.idle, 0) < fastattn_team():
-            work.p.poll(work.p.poll_data)
+            work.calls.poll(work.calls.poll_data)
             if fastattn_clock() - start > 1e-3:
                 fastattn_rest(2e-4)
 
@@ -221,29 +227,23 @@ cdef const fastattn_kernel* kernel_of(int bits) noexcept:
     return kernel_f64 if bits == 64 else kernel_pairs if bits == 16 else kernel_f32
 
 
-cdef int run(fastattn_problem* p, int n_threads) except -1:
-    cdef const fastattn_kernel* kernel = kernel_of(p.bits)
-    cdef size_t size, total
-    cdef size_t shared = 0
-    cdef int64_t n_tasks
-    cdef Work work
-    cdef double flops
-    cdef char* scratch
-    cdef Watch watch
-    if p.B*p.H*p.L == 0:
-        return 0
-    flops = 2*pairs(p)*(3*p.D + 2*p.Dv if p.reduce == FASTATTN_GRADIENT else 2*p.D if p.reduce else p.D + p.Dv)
+cdef int threads_for(int n_threads, double flops) noexcept:
     if n_threads <= 0:
         n_threads = default_threads
     n_threads = 1 if forked else min(n_threads, most_threads)
     if n_threads > 1 and flops < n_threads*FLOPS_A_THREAD:
         n_threads = max(1, <int>(flops/FLOPS_A_THREAD))
-    n_tasks = kernel.tasks(p, n_threads)
-    if n_tasks == 0:
-        return 0
-    n_threads = <int>min(<int64_t>n_threads, n_tasks)
-    size = (kernel.scratch(p) + 4095 + 128)//4096*4096 + 64     # not a multiple of 4096 apart: threads would share L1 sets
-    shared = (kernel.state(p) + 63)//64*64
+    return n_threads
+
+
+cdef int perform(Work* work, fastattn_problem* p, int n_threads, double flops) except -1:
+    # Do a work's tasks. `p` has stop and poll, and takes the memory that the tasks share.
+    cdef size_t size = (work.size + 4095 + 128)//4096*4096 + 64   # not a multiple of 4096 apart: threads would share L1 sets
+    cdef size_t shared = (work.kernel.state(p) + 63)//64*64 if work.graph == NULL else 0
+    cdef size_t total
+    cdef char* scratch
+    cdef Watch watch
+    n_threads = <int>min(<int64_t>n_threads, work.n_tasks)
     total = size*n_threads + shared
     scratch = <char*>take(&total)
     if scratch == NULL:
@@ -253,29 +253,45 @@ cdef int run(fastattn_problem* p, int n_threads) except -1:
         memset(scratch, 0, p.groups*sizeof(int64_t))
     watch.last = 0
     watch.stop = 0
-    p.abi = FASTATTN_ABI
     p.stop = &watch.stop
     p.poll = NULL
     p.poll_data = &watch
     if flops > 1e8 and PyThread_get_thread_ident() == main_thread:
         watch.last = fastattn_clock()
         p.poll = poll
-    work.kernel = kernel
-    work.p = p
-    work.n_tasks = n_tasks
+    work.calls = p
     work.next = 0
     work.idle = 0
     work.scratch = scratch + shared
     work.size = size
     with nogil:
         if n_threads == 1:
-            work_off(&work)
+            work_off(work)
         else:
-            run_threads(&work, n_threads)
+            run_threads(work, n_threads)
     give_back(scratch, total)
     if watch.stop != 0 and PyErr_Occurred() != NULL:
         return -1
     return 0
+
+
+cdef int run(fastattn_problem* p, int n_threads) except -1:
+    cdef Work work
+    cdef double flops
+    if p.B*p.H*p.L == 0:
+        return 0
+    flops = 2*pairs(p)*(3*p.D + 2*p.Dv if p.reduce == FASTATTN_GRADIENT else 2*p.D if p.reduce else p.D + p.Dv)
+    n_threads = threads_for(n_threads, flops)
+    work.kernel = kernel_of(p.bits)
+    work.n_tasks = work.kernel.tasks(p, n_threads)
+    if work.n_tasks == 0:
+        return 0
+    p.abi = FASTATTN_ABI
+    work.p = p
+    work.graph = NULL
+    work.in_turn = p.reduce == FASTATTN_GRADIENT and p.chunks > 1
+    work.size = work.kernel.scratch(p)
+    return perform(&work, p, n_threads, flops)
 
 
 # --- arrays ----------------------------------------------------------------------------------------------------------
@@ -547,6 +563,59 @@ def backward(problem):
     elif problem.grad_bias is not None:
         describe(&p.grad_bias, problem.grad_bias, 3, p.n_lead)
     run(&p, 0 if problem.num_threads is None else problem.num_threads)
+
+
+cdef void describe_nodes(fastattn_array* a, cnp.ndarray x, int tail) noexcept:
+    # (n, H, columns), or (n, H) with tail = 2
+    if x is not None:
+        describe(a, x.swapaxes(0, 1), tail, 0)
+
+
+def graph(call):
+    """Fill the results of a problem on a graph (see graph.Problem)."""
+    cdef fastattn_graph p
+    cdef fastattn_problem calls
+    cdef Work work
+    cdef double flops
+    cdef int n_threads = 0 if call.num_threads is None else call.num_threads
+    memset(&p, 0, sizeof(p))
+    memset(&calls, 0, sizeof(calls))
+    p.mode, p.score = call.mode, call.score
+    p.n_rows, p.n_edges, p.n_tasks = len(call.begin), len(call.source), len(call.cuts) - 1
+    p.H, p.Hkv, p.D, p.Dv = call.H, call.Hkv, call.D, call.Dv
+    describe_nodes(&p.query, call.query, 3)
+    describe_nodes(&p.key, call.key, 3)
+    describe_nodes(&p.value, call.value, 3)
+    describe_nodes(&p.out, call.out, 3)
+    describe_nodes(&p.edge_key, call.edge_key, 3)
+    describe_nodes(&p.edge_value, call.edge_value, 3)
+    describe_nodes(&p.edge_bias, call.edge_bias, 2)
+    describe_nodes(&p.lse, call.lse, 2)
+    describe_nodes(&p.delta, call.delta, 2)
+    describe_nodes(&p.grad_out, call.grad_out, 3)
+    describe_nodes(&p.grad_query, call.grad_query, 3)
+    describe_nodes(&p.w, call.w, 3)
+    p.begin, p.end, p.rows = integers(call.begin), integers(call.end), integers(call.rows)
+    p.order, p.cuts = integers(call.order), integers(call.cuts)
+    p.source = cnp.PyArray_DATA(call.source)
+    p.wide = cnp.PyArray_ITEMSIZE(call.source) == 8
+    p.sinks = NULL if call.sinks is None else cnp.PyArray_DATA(call.sinks)
+    p.weights = NULL if call.weights is None else cnp.PyArray_DATA(call.weights)
+    p.grad_scores = NULL if call.grad_scores is None else cnp.PyArray_DATA(call.grad_scores)
+    p.grad_bias = NULL if call.grad_bias is None else cnp.PyArray_DATA(call.grad_bias)
+    p.grad_w = NULL if call.grad_w is None else cnp.PyArray_DATA(call.grad_w)
+    p.scale, p.softcap, p.slope, p.keep = call.scale, call.softcap, call.slope, call.keep
+    p.seed, p.dropout = call.seed, call.dropout
+    if p.n_tasks == 0 or p.H == 0:
+        return
+    flops = 2.0*p.H*(p.n_edges + p.n_rows)*(p.D + p.Dv + 32)
+    work.kernel = kernel_of(call.bits)
+    work.p = NULL
+    work.graph = &p
+    work.in_turn = False
+    work.n_tasks = p.n_tasks
+    work.size = work.kernel.graph_scratch(&p)
+    perform(&work, &calls, threads_for(n_threads, flops), flops)
 
 
 def store(pools, cnp.ndarray slots, cnp.ndarray counts, cnp.ndarray begin, cnp.ndarray key, cnp.ndarray value, rotary):

@@ -128,6 +128,35 @@ typedef struct {
     int32_t interleaved;            /* pairs are features (2 i, 2 i + 1), else (i, i + pairs) */
 } fastattn_tokens;
 
+/* Attention along the edges of a graph: row i of `begin` and `end` is the target rows[i], with those edges. Arrays of nodes
+ * (n, H or Hkv, columns) use `row`, `head` and `col`; so do those of edges, whose rows are order[e]. */
+enum {
+    FASTATTN_GRAPH_OUTPUT,          /* out and lse of row i */
+    FASTATTN_GRAPH_GRADIENT,        /* grad_query of row i; weights, grad_scores and grad_bias of its edges */
+    FASTATTN_GRAPH_SUM,             /* out of row i = sum of weights * value over its edges and the query heads of a key head */
+};
+enum {
+    FASTATTN_DOT,                   /* query . key */
+    FASTATTN_LEAKY,                 /* w . leaky(query + key): x, or slope x where x < 0 */
+};
+
+typedef struct {
+    int32_t mode, score, wide;      /* wide: sources are int64_t, else int32_t */
+    int64_t n_rows, n_edges, n_tasks, H, Hkv, D, Dv;
+    fastattn_array query, key, value, out;
+    fastattn_array edge_bias, edge_key, edge_value;     /* optional; (E, H), (E, Hkv, D), (E, Hkv, Dv) */
+    fastattn_array lse, delta, grad_out, grad_query;    /* (n, H) real; lse is optional in the forward pass */
+    fastattn_array w;               /* (H, D): `head` and `col` */
+    const int64_t *begin, *end, *rows, *order, *cuts;   /* rows, order: NULL for 0, 1, 2 ...; cuts: (n_tasks + 1) rows */
+    const void *source;
+    const void *sinks;              /* (H,) real; optional */
+    void *weights, *grad_scores, *grad_bias;            /* (E, H) real, contiguous */
+    void *grad_w;                   /* (n_tasks, H, D up to a multiple of 16) real, zeros before; optional */
+    double scale, softcap, slope, keep;
+    uint64_t seed;
+    uint32_t dropout;
+} fastattn_graph;
+
 typedef struct {
     int32_t abi, bits;
     int64_t lanes;                                                  /* queries of the widest block */
@@ -137,6 +166,8 @@ typedef struct {
     size_t (*scratch)(const fastattn_problem *);                    /* bytes a thread needs, 64-byte aligned */
     void (*run)(const fastattn_problem *, int64_t n_tasks, int64_t task, int32_t caller, void *scratch);
     void (*store)(const fastattn_tokens *, void *memory);           /* memory: 64 + max(D, Dv) reals */
+    size_t (*graph_scratch)(const fastattn_graph *);
+    void (*graph)(const fastattn_graph *, int64_t task, void *scratch);
     void (*exp2)(const void *x, void *y, int64_t n);                /* the kernel's own exponential, for its test */
     void (*tanh)(const void *x, void *y, int64_t n);
     double (*peak)(int64_t rounds);                                 /* floating-point operations done, all in registers */

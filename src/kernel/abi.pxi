@@ -83,6 +83,29 @@ cdef extern from "fastattn.h" nogil:
         const float* sin
         int64_t pairs
         int32_t interleaved
+    enum: FASTATTN_GRAPH_OUTPUT
+    enum: FASTATTN_GRAPH_GRADIENT
+    enum: FASTATTN_GRAPH_SUM
+    enum: FASTATTN_DOT
+    enum: FASTATTN_LEAKY
+    ctypedef struct fastattn_graph:
+        int32_t mode, score, wide
+        int64_t n_rows, n_edges, n_tasks, H, Hkv, D, Dv
+        fastattn_array query, key, value, out, edge_bias, edge_key, edge_value, lse, delta, grad_out, grad_query, w
+        const int64_t* begin
+        const int64_t* end
+        const int64_t* rows
+        const int64_t* order
+        const int64_t* cuts
+        const void* source
+        const void* sinks
+        void* weights
+        void* grad_scores
+        void* grad_bias
+        void* grad_w
+        double scale, softcap, slope, keep
+        uint64_t seed
+        uint32_t dropout
     ctypedef struct fastattn_kernel:
         int32_t abi, bits
         int64_t lanes, vector
@@ -91,6 +114,8 @@ cdef extern from "fastattn.h" nogil:
         size_t (*scratch)(const fastattn_problem*) noexcept nogil
         void (*run)(const fastattn_problem*, int64_t, int64_t, int32_t, void*) noexcept nogil
         void (*store)(const fastattn_tokens*, void*) noexcept nogil
+        size_t (*graph_scratch)(const fastattn_graph*) noexcept nogil
+        void (*graph)(const fastattn_graph*, int64_t, void*) noexcept nogil
         void (*exp2)(const void*, void*, int64_t) noexcept nogil
         void (*tanh)(const void*, void*, int64_t) noexcept nogil
         double (*peak)(int64_t) noexcept nogil

@@ -57,6 +57,7 @@ include "tasks.pxi"
 include "weights.pxi"
 include "gradient.pxi"
 include "store.pxi"
+include "graph.pxi"
 
 
 cdef double finish_row(Task* t, Py_ssize_t i) noexcept nogil:
@@ -303,6 +304,8 @@ kernel.state = state
 kernel.scratch = scratch
 kernel.run = run
 kernel.store = store
+kernel.graph_scratch = graph_scratch
+kernel.graph = run_graph
 kernel.exp2 = exp2_array
 kernel.tanh = tanh_array
 kernel.peak = peak

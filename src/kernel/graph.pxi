@@ -1,0 +1,536 @@
+# Attention along the edges of a graph: each target attends to the sources of its edges, head by head.
+#
+#     s_e = scale q · (k[source e] + edge_key_e)      or leaky(q + k), or w · leaky(q + k), see `score`   then softcap, edge_bias
+#     m, l, O: the online softmax over blocks of EDGES edges, of which each is summed from zero before it joins
+#     O += sum_e P_e (v[source e] + edge_value_e)
+#
+# Lanes are features where rows are read (few edges make a target: they could not fill lanes), and edges from the scores to
+# the weights. Rows of keys and values lie anywhere: those of AHEAD edges later are asked for while a block is worked on.
+#
+# A row's bits depend on its edges and their order alone. Edges whose bias is -inf are left out before anything is read.
+
+cdef enum:
+    EDGES = 64              # of a block
+    EDGES_AHEAD = 16        # the edge that is asked for, behind the one that is read
+    EDGE_ROOM = EDGES + EDGES_AHEAD + 16
+
+
+cdef struct Edges:
+    const fastattn_graph* p
+    int64_t row, h, h_kv
+    Py_ssize_t n                    # edges of the block that count
+    int64_t source[EDGE_ROOM]       # and those behind
+    int64_t at[EDGES]               # where what belongs to the edge stands
+    int64_t k_at[EDGE_ROOM]         # bytes from the first source's key to this one's
+    int64_t v_at[EDGE_ROOM]
+    Source values
+    real bias[EDGES]
+    real S[EDGES]
+    real dP[EDGES]
+    real* q                         # [D'] the target's query
+    real* w                         # [D'] the head's weight of features
+    real* g                         # [Dv'] its grad_out
+    real* O                         # [max(D', Dv')]
+    real* Ob                        # [max(D', Dv')] of one block
+    real* m                         # [H]
+    double* l                       # [H]
+
+
+cdef inline int64_t source_of(const fastattn_graph* p, int64_t e) noexcept nogil:
+    return (<const int64_t*>p.source)[e] if p.wide else (<const int32_t*>p.source)[e]
+
+
+cdef inline const char* node(const fastattn_array* a, int64_t row, int64_t h) noexcept nogil:
+    return <const char*>a.data + (row*a.row + h*a.head)*v_size(a.kind)
+
+
+cdef void unpack(const fastattn_array* a, int64_t row, int64_t h, Py_ssize_t n, real* to) noexcept nogil:
+    # a row as whole vectors, zeros behind
+    cdef Py_ssize_t d = 0
+    while d < n:
+        v_store(to + d, load_row(node(a, row, h), d*a.col, a.col, n - d, a.kind))
+        d += VL
+
+
+cdef void gather_edges(Edges* t, int64_t begin, int64_t end) noexcept nogil:
+    # The edges that count of [begin, end), at most EDGES, and behind them those to come.
+    cdef const fastattn_graph* p = t.p
+    cdef int64_t e, j
+    cdef Py_ssize_t i
+    cdef real b = 0
+    cdef int64_t k_row = p.key.row*v_size(p.key.kind)
+    cdef int64_t v_row = p.value.row*v_size(p.value.kind)
+    t.n = 0
+    for e in range(begin, end):
+        t.source[t.n] = source_of(p, e)
+        t.at[t.n] = p.order[e] if p.order != NULL else e
+        if p.edge_bias.data != NULL:
+            b = real_at(node(&p.edge_bias, t.at[t.n], t.h), 0, p.edge_bias.kind)
+            t.bias[t.n] = b
+        t.n += b != -INFINITY
+    if t.n == 0:
+        return
+    for i in range(t.n, t.n + EDGES_AHEAD + 16):
+        j = end + i - t.n
+        t.source[i] = source_of(p, j) if j < p.n_edges else t.source[0]
+    for i in range(t.n + EDGES_AHEAD + 16):
+        t.k_at[i] = t.source[i]*k_row
+        t.v_at[i] = t.source[i]*v_row
+
+
+cdef inline vf leaky(vf x, vf slope) noexcept nogil:
+    return v_where_lt(x, v_zero(), v_mul(x, slope), x)
+
+
+cdef inline void dots_of(const int nv, const int kind, Edges* t, const real* q, const fastattn_array* a, const int64_t* at,
+                         Py_ssize_t D, real* to) noexcept nogil:
+    # to[e] = q · a[source e] for rows that lie together
+    cdef vf acc[16]
+    cdef const char* data = node(a, 0, t.h_kv)
+    cdef Py_ssize_t j = 0
+    while j < t.n:
+        group_dots(1, min(4, VL), nv, kind, v_anchor(q), data, at + j, EDGES_AHEAD, D, acc)
+        if VL > 4:
+            group_dots(1, min(4, VL), nv, kind, v_anchor(q), data, at + j + 4, EDGES_AHEAD, D, acc + 4)
+        if VL > 8:
+            group_dots(1, min(4, VL), nv, kind, v_anchor(q), data, at + j + 8, EDGES_AHEAD, D, acc + 8)
+            group_dots(1, min(4, VL), nv, kind, v_anchor(q), data, at + j + 12, EDGES_AHEAD, D, acc + 12)
+        v_store(to + j, v_sums(acc))
+        j += VL
+
+
+cdef inline void dots_kind(const int kind, Edges* t, const real* q, const fastattn_array* a, const int64_t* at, Py_ssize_t D,
+                           real* to) noexcept nogil:
+    if D == 32:
+        dots_of(32//VL, kind, t, q, a, at, D, to)
+    elif D == 64:
+        dots_of(64//VL, kind, t, q, a, at, D, to)
+    else:
+        dots_of(0, kind, t, q, a, at, D, to)
+
+
+cdef void edge_dots(Edges* t, const real* q, const fastattn_array* a, const fastattn_array* feature, const int64_t* at,
+                    Py_ssize_t D, real* to) noexcept nogil:
+    # to[e] = q · (a[source e] + feature_e); anything behind the last edge
+    cdef vf sums[VL]
+    cdef vf acc, x
+    cdef const char* row
+    cdef const char* f
+    cdef Py_ssize_t first = 0
+    cdef Py_ssize_t i, d
+    if a.col == 1 and feature.data == NULL:
+        if sizeof(real) == 8 or a.kind == FASTATTN_REAL:
+            dots_kind(FASTATTN_REAL, t, q, a, at, D, to)
+        elif a.kind == FASTATTN_F16:
+            dots_kind(FASTATTN_F16, t, q, a, at, D, to)
+        else:
+            dots_kind(FASTATTN_BF16, t, q, a, at, D, to)
+        return
+    while first < t.n:
+        for i in range(VL):
+            acc = v_zero()
+            if first + i < t.n:
+                row = node(a, t.source[first + i], t.h_kv)
+                f = node(feature, t.at[first + i], t.h_kv) if feature.data != NULL else NULL
+                d = 0
+                while d < D:
+                    x = load_row(row, d*a.col, a.col, D - d, a.kind)
+                    if f != NULL:
+                        x = v_add(x, load_row(f, d*feature.col, feature.col, D - d, feature.kind))
+                    acc = v_fma(v_load(q + d), x, acc)
+                    d += VL
+            sums[i] = acc
+        v_store(to + first, v_sums(sums))
+        first += VL
+
+
+cdef void leaky_scores(Edges* t) noexcept nogil:
+    # S = w · leaky(q + k[source e] + edge_key_e)
+    cdef const fastattn_graph* p = t.p
+    cdef vf slope = v_set1(<real>p.slope)
+    cdef vf sums[VL]
+    cdef vf acc, x
+    cdef const char* k
+    cdef Py_ssize_t first = 0
+    cdef Py_ssize_t i, d
+    if p.D == 1:            # GAT: lanes are edges
+        for i in range(t.n):
+            v_fetch_soon(node(&p.key, t.source[i + EDGES_AHEAD], t.h_kv), 1)
+            t.S[i] = real_at(node(&p.key, t.source[i], t.h_kv), 0, p.key.kind)
+            if p.edge_key.data != NULL:
+                t.S[i] += real_at(node(&p.edge_key, t.at[i], t.h_kv), 0, p.edge_key.kind)
+        while first < t.n:
+            x = leaky(v_add(v_load(t.S + first), v_set1(t.q[0])), slope)
+            v_store(t.S + first, v_mul(x, v_set1(t.w[0])))
+            first += VL
+        return
+    while first < t.n:
+        for i in range(VL):
+            acc = v_zero()
+            d = 0
+            while first + i < t.n and d < p.D:
+                k = node(&p.key, t.source[first + i], t.h_kv)
+                if d == 0 and p.key.col == 1:
+                    v_fetch_soon(node(&p.key, t.source[first + i + EDGES_AHEAD], t.h_kv), p.D*v_size(p.key.kind))
+                x = load_row(k, d*p.key.col, p.key.col, p.D - d, p.key.kind)
+                if p.edge_key.data != NULL:
+                    x = v_add(x, load_row(node(&p.edge_key, t.at[first + i], t.h_kv), d*p.edge_key.col, p.edge_key.col,
+                                          p.D - d, p.edge_key.kind))
+                acc = v_fma(v_load(t.w + d), leaky(v_add(v_load(t.q + d), x), slope), acc)
+                d += VL
+            sums[i] = acc
+        v_store(t.S + first, v_sums(sums))
+        first += VL
+
+
+cdef void edge_scores(Edges* t) noexcept nogil:
+    # S of the block's edges, anything in the lanes behind them
+    cdef const fastattn_graph* p = t.p
+    cdef vf x
+    cdef Py_ssize_t i = 0
+    if p.score == FASTATTN_DOT:
+        edge_dots(t, t.q, &p.key, &p.edge_key, t.k_at, p.D, t.S)
+    else:
+        leaky_scores(t)
+    while i < t.n:
+        x = v_mul(v_load(t.S + i), v_set1(<real>p.scale))
+        if p.softcap > 0:
+            x = v_mul(v_tanh(v_div(x, v_set1(<real>p.softcap))), v_set1(<real>p.softcap))
+        v_store(t.S + i, v_add(x, v_load(t.bias + i)) if p.edge_bias.data != NULL else x)
+        i += VL
+
+
+cdef inline real largest(const real* S, Py_ssize_t n) noexcept nogil:
+    # NaN is passed over: the exponential keeps it
+    cdef real m = -INFINITY
+    cdef Py_ssize_t i
+    for i in range(n):
+        m = S[i] if S[i] > m else m
+    return m
+
+
+cdef real weigh_edges(real* S, Py_ssize_t n, real m) noexcept nogil:
+    # P = e^(S - m), 0 behind the last edge, and their sum
+    cdef vf total = v_zero()
+    cdef vf k = v_set1(<real>1.4426950408889634074)
+    cdef vf base = v_set1(m if m != -INFINITY else 0)
+    cdef vf x
+    cdef real lanes[VL]
+    cdef Py_ssize_t i = 0
+    cdef int half = VL//2
+    while i < n:
+        x = v_exp2(v_mul(v_sub(v_load(S + i), base), k))
+        if n - i < VL:
+            x = v_keep(x, (<uint64_t>1 << (n - i)) - 1)
+        v_store(S + i, x)
+        total = v_add(total, x)
+        i += VL
+    v_store(lanes, total)
+    while half > 0:
+        for i in range(half):
+            lanes[i] += lanes[i + half]
+        half //= 2
+    return lanes[0]
+
+
+cdef inline void add_rows(Edges* t, const int nv, Py_ssize_t d, const real* P, const fastattn_array* a,
+                          const fastattn_array* feature, Py_ssize_t columns, vf factor) noexcept nogil:
+    # O[d : d + nv VL] = O factor + sum_e P_e (a[source e] + feature_e)
+    cdef vf acc[4]
+    cdef vf x
+    cdef const char* row
+    cdef Py_ssize_t e, at
+    cdef int u
+    cdef bint plain = a.kind == FASTATTN_REAL and a.col == 1 and feature.data == NULL
+    for u in range(nv):
+        acc[u] = v_zero()
+    for e in range(t.n):
+        row = node(a, t.source[e], t.h_kv)
+        for u in range(nv):
+            at = d + u*VL
+            if plain:
+                x = v_load_part(<const real*>row + at, columns - at)
+            else:
+                x = load_row(row, at*a.col, a.col, columns - at, a.kind)
+                if feature.data != NULL:
+                    x = v_add(x, load_row(node(feature, t.at[e], t.h_kv), at*feature.col, feature.col, columns - at,
+                                          feature.kind))
+            acc[u] = v_fma(v_set1(P[e]), x, acc[u])
+    for u in range(nv):
+        v_store(t.O + d + u*VL, v_fma(v_load(t.O + d + u*VL), factor, acc[u]))
+
+
+cdef inline void sums_kind(const int kind, Edges* t, const real* P, Py_ssize_t columns) noexcept nogil:
+    # Ob += sum_e P_e a[source e] for rows that lie together
+    cdef Py_ssize_t d = 0
+    while columns - d >= 4*VL:
+        tile_rows(1, 4, True, kind, P, 1, &t.values, d, VL, 0, t.n, t.Ob + d, 0, EDGES_AHEAD)
+        d += 4*VL
+    while columns - d >= 2*VL:
+        tile_rows(1, 2, True, kind, P, 1, &t.values, d, VL, 0, t.n, t.Ob + d, 0, EDGES_AHEAD)
+        d += 2*VL
+    while d < columns:
+        tile_rows(1, 1, True, kind, P, 1, &t.values, d, columns - d, 0, t.n, t.Ob + d, 0, EDGES_AHEAD)
+        d += VL
+
+
+cdef void add_edges(Edges* t, const real* P, const fastattn_array* a, const fastattn_array* feature, const int64_t* at,
+                    Py_ssize_t columns, real factor) noexcept nogil:
+    # O = O factor + sum_e P_e (a[source e] + feature_e)
+    cdef Py_ssize_t d = 0
+    cdef vf c = v_set1(factor)
+    if a.col != 1 or feature.data != NULL:
+        while whole(columns) - d >= 4*VL:
+            add_rows(t, 4, d, P, a, feature, columns, c)
+            d += 4*VL
+        while d < columns:
+            add_rows(t, 1, d, P, a, feature, columns, c)
+            d += VL
+        return
+    memset(t.Ob, 0, whole(columns)*sizeof(real))
+    t.values.data = node(a, 0, t.h_kv)
+    t.values.at = at
+    if sizeof(real) == 8 or a.kind == FASTATTN_REAL:
+        sums_kind(FASTATTN_REAL, t, P, columns)
+    elif a.kind == FASTATTN_F16:
+        sums_kind(FASTATTN_F16, t, P, columns)
+    else:
+        sums_kind(FASTATTN_BF16, t, P, columns)
+    while d < columns:
+        v_store(t.O + d, v_fma(v_load(t.O + d), c, v_load(t.Ob + d)))
+        d += VL
+
+
+cdef void write_node(const fastattn_array* a, int64_t row, int64_t h, Py_ssize_t n, const real* x, real factor) noexcept nogil:
+    cdef Py_ssize_t d = 0
+    while d < n:
+        v_store_as(<char*>node(a, row, h), d*a.col, a.col, v_mul(v_load(x + d), v_set1(factor)), n - d, a.kind)
+        d += VL
+
+
+cdef void attend_row(Edges* t, int64_t begin, int64_t end, int64_t out_row) noexcept nogil:
+    # One target. All heads take a block of edges before the next one.
+    cdef const fastattn_graph* p = t.p
+    cdef real* q = t.q
+    cdef real* O = t.O
+    cdef Py_ssize_t ldq = whole(p.D)
+    cdef Py_ssize_t ldo = whole(p.Dv)
+    cdef int64_t stop, h
+    cdef real most, c, sink
+    for h in range(p.H):
+        unpack(&p.query, t.row, h, p.D, q + h*ldq)
+        t.m[h] = -INFINITY
+        t.l[h] = 0
+    memset(O, 0, p.H*ldo*sizeof(real))
+    while begin < end:
+        stop = min(end, begin + EDGES)
+        for h in range(p.H):
+            t.h = h
+            t.h_kv = h//(p.H//p.Hkv)
+            if h == 0 or p.edge_bias.data != NULL:
+                gather_edges(t, begin, stop)
+            if t.n == 0:
+                continue
+            t.q = q + h*ldq
+            t.O = O + h*ldo
+            if p.score != FASTATTN_DOT:
+                unpack(&p.w, 0, h, p.D, t.w)
+            edge_scores(t)
+            most = largest(t.S, t.n)
+            c = 1
+            if most > t.m[h]:
+                c = <real>exp(<double>t.m[h] - most) if t.m[h] != -INFINITY else 0
+                t.m[h] = most
+            t.l[h] = t.l[h]*c + weigh_edges(t.S, t.n, t.m[h])
+            if p.dropout != 0:
+                drop_edges(t)
+            add_edges(t, t.S, &p.value, &p.edge_value, t.v_at, p.Dv, c)
+        begin = stop
+    for h in range(p.H):
+        sink = (<const real*>p.sinks)[h] if p.sinks != NULL else -INFINITY
+        if sink != -INFINITY:
+            if sink > t.m[h]:
+                c = <real>exp(<double>t.m[h] - sink) if t.m[h] != -INFINITY else 0
+                t.l[h] *= c
+                t.m[h] = sink
+                scale_row(O + h*ldo, ldo, c)
+            t.l[h] += exp(<double>sink - t.m[h])
+        write_node(&p.out, out_row, h, p.Dv, O + h*ldo, <real>(1/t.l[h]) if t.l[h] != 0 else 0)
+        if p.lse.data != NULL:
+            (<real*>node(&p.lse, out_row, h))[0] = <real>(t.m[h] + log(t.l[h])) if t.l[h] != 0 else -INFINITY
+    t.q = q
+    t.O = O
+
+
+cdef void scale_row(real* x, Py_ssize_t n, real c) noexcept nogil:
+    cdef Py_ssize_t d = 0
+    while d < n:
+        v_store(x + d, v_mul(v_load(x + d), v_set1(c)))
+        d += VL
+
+
+cdef void keep_edges(Edges* t, real* factor) noexcept nogil:
+    # What a dropout multiplies each weight by: numbers of (edge, head) for (key, head), in row and batch 0
+    cdef uint64_t kept[4]
+    cdef int64_t group = -1
+    cdef Py_ssize_t i
+    for i in range(t.n):
+        if t.at[i]//4 != group:
+            group = t.at[i]//4
+            v_kept(<unsigned int>group, 0, <unsigned int>t.h, 0, t.p.seed, t.p.dropout, 1, kept)
+        factor[i] = <real>t.p.keep if kept[t.at[i] % 4] & 1 else 0
+
+
+cdef void drop_edges(Edges* t) noexcept nogil:
+    cdef Py_ssize_t i
+    keep_edges(t, t.dP)
+    for i in range(t.n):
+        t.S[i] = t.S[i]*t.dP[i] if t.dP[i] != 0 else 0
+
+
+cdef void add_slopes(Edges* t, const real* dS, const fastattn_array* a, const fastattn_array* feature, real* own_grad,
+                     real* w_grad) noexcept nogil:
+    # Of s = w · leaky(own + x_e): own_grad += sum_e dS_e w leaky'(own + x_e), and w_grad += sum_e dS_e leaky(own + x_e)
+    cdef const fastattn_graph* p = t.p
+    cdef vf slope = v_set1(<real>p.slope)
+    cdef vf one = v_set1(1)
+    cdef vf x, of_own, of_w, ds
+    cdef Py_ssize_t e
+    cdef Py_ssize_t d = 0
+    while d < p.D:
+        of_own = v_zero()
+        of_w = v_zero()
+        for e in range(t.n):
+            x = load_row(node(a, t.source[e], t.h_kv), d*a.col, a.col, p.D - d, a.kind)
+            if feature.data != NULL:
+                x = v_add(x, load_row(node(feature, t.at[e], t.h_kv), d*feature.col, feature.col, p.D - d, feature.kind))
+            x = v_add(v_load(t.q + d), x)
+            ds = v_set1(dS[e])
+            of_own = v_fma(ds, v_where_lt(x, v_zero(), slope, one), of_own)
+            of_w = v_fma(ds, leaky(x, slope), of_w)
+        v_store(own_grad + d, v_fma(of_own, v_load(t.w + d), v_load(own_grad + d)))
+        if w_grad != NULL:
+            v_store(w_grad + d, v_add(v_load(w_grad + d), of_w))
+        d += VL
+
+
+cdef void row_gradient(Edges* t, int64_t begin, int64_t end, int64_t out_row, real* w_grad) noexcept nogil:
+    # One target, one head: dZ and P of its edges, and its query's gradient.
+    cdef const fastattn_graph* p = t.p
+    cdef real lse = (<const real*>node(&p.lse, t.row, t.h))[0]
+    cdef real delta = (<const real*>node(&p.delta, t.row, t.h))[0]
+    cdef real dz, x
+    cdef real* at
+    cdef real keep[EDGES]
+    cdef Py_ssize_t i
+    unpack(&p.query, t.row, t.h, p.D, t.q)
+    unpack(&p.grad_out, t.row, t.h, p.Dv, t.g)
+    memset(t.O, 0, whole(p.D)*sizeof(real))
+    while begin < end:
+        gather_edges(t, begin, min(end, begin + EDGES))
+        begin += EDGES
+        if t.n == 0:
+            continue
+        edge_scores(t)
+        if p.softcap > 0:       # before the weights take the scores' place; the bias was added behind the cap
+            for i in range(t.n):
+                x = (t.S[i] - (t.bias[i] if p.edge_bias.data != NULL else 0))/<real>p.softcap
+                t.bias[i] = (1 - x)*(1 + x)
+        weigh_edges(t.S, t.n, lse)
+        edge_dots(t, t.g, &p.value, &p.edge_value, t.v_at, p.Dv, t.dP)
+        if p.dropout != 0:
+            keep_edges(t, keep)
+        for i in range(t.n):
+            x = t.S[i]
+            dz = t.dP[i]
+            if p.dropout != 0:
+                dz = dz*keep[i] if keep[i] != 0 else 0
+                t.S[i] = x*keep[i] if keep[i] != 0 else 0
+            dz = x*(dz - delta)
+            at = <real*>p.weights + t.at[i]*p.H + t.h
+            at[0] = t.S[i]
+            at = <real*>p.grad_bias + t.at[i]*p.H + t.h
+            at[0] = dz
+            dz = dz*<real>p.scale*(t.bias[i] if p.softcap > 0 else 1)
+            at = <real*>p.grad_scores + t.at[i]*p.H + t.h
+            at[0] = dz
+            t.S[i] = dz
+        if p.score == FASTATTN_DOT:
+            add_edges(t, t.S, &p.key, &p.edge_key, t.k_at, p.D, 1)
+        else:
+            add_slopes(t, t.S, &p.key, &p.edge_key, t.O, w_grad)
+    write_node(&p.grad_query, out_row, t.h, p.D, t.O, 1)
+
+
+cdef void sum_row(Edges* t, int64_t begin, int64_t end, int64_t out_row) noexcept nogil:
+    # out[row, h_kv] = the sum over its edges and the query heads of h_kv of weights[e, h] · value[source e, h]; where `score`
+    # is not the product, of weights · w leaky'(query[row] + value[source e])
+    cdef const fastattn_graph* p = t.p
+    cdef int64_t group = p.H//p.Hkv
+    cdef int64_t h_kv = t.h_kv
+    cdef int64_t e
+    cdef Py_ssize_t i
+    memset(t.O, 0, whole(p.Dv)*sizeof(real))
+    if p.score != FASTATTN_DOT:
+        unpack(&p.query, t.row, h_kv, p.D, t.q)
+    for t.h in range(h_kv*group, (h_kv + 1)*group):
+        t.h_kv = t.h            # of what is summed
+        if p.score != FASTATTN_DOT:
+            unpack(&p.w, 0, t.h, p.D, t.w)
+        e = begin
+        while e < end:
+            gather_edges(t, e, min(end, e + EDGES))
+            e += EDGES
+            for i in range(t.n):
+                t.S[i] = (<const real*>p.weights)[t.at[i]*p.H + t.h]
+            if p.score == FASTATTN_DOT:
+                add_edges(t, t.S, &p.value, &p.edge_value, t.v_at, p.Dv, 1)
+            else:
+                add_slopes(t, t.S, &p.value, &p.edge_value, t.O, NULL)
+    write_node(&p.out, out_row, h_kv, p.Dv, t.O, 1)
+
+
+cdef size_t lay_out_edges(Edges* t, const fastattn_graph* p, char* memory) noexcept nogil:
+    cdef Py_ssize_t wide = max(whole(p.D), whole(p.Dv))
+    cdef real* at = <real*>(memory + (sizeof(Edges) + 63)//64*64)
+    t.q = at
+    t.w = t.q + p.H*whole(p.D)
+    t.g = t.w + whole(p.D)
+    t.Ob = t.g + whole(p.Dv)
+    t.O = t.Ob + wide
+    t.l = <double*>(t.O + p.H*wide)
+    t.m = <real*>(t.l + p.H)
+    return <char*>(t.m + p.H) - memory
+
+
+cdef size_t graph_scratch(const fastattn_graph* p) noexcept nogil:
+    cdef Edges t
+    return lay_out_edges(&t, p, NULL)
+
+
+cdef void run_graph(const fastattn_graph* p, int64_t task, void* memory) noexcept nogil:
+    # Rows cuts[task] to cuts[task + 1] - 1 of all heads.
+    cdef Edges* t = <Edges*>memory
+    cdef int64_t i, h
+    cdef int64_t heads = p.Hkv if p.mode == FASTATTN_GRAPH_SUM else p.H
+    cdef real* w_grad
+    memset(t, 0, sizeof(Edges))         # lanes behind the last edge are computed with, not used
+    t.p = p
+    lay_out_edges(t, p, <char*>memory)
+    for i in range(p.cuts[task], p.cuts[task + 1]):
+        t.row = p.rows[i] if p.rows != NULL else i
+        if p.mode == FASTATTN_GRAPH_OUTPUT:
+            attend_row(t, p.begin[i], p.end[i], i)
+            continue
+        for h in range(heads):
+            t.h = h
+            t.h_kv = h if p.mode == FASTATTN_GRAPH_SUM else h//(p.H//p.Hkv)
+            if p.mode == FASTATTN_GRAPH_SUM:
+                sum_row(t, p.begin[i], p.end[i], i)
+                continue
+            if p.score != FASTATTN_DOT:
+                unpack(&p.w, 0, h, p.D, t.w)
+            w_grad = NULL
+            if p.grad_w != NULL:
+                w_grad = <real*>p.grad_w + (task*p.H + h)*((p.D + 15)//16*16)
+            row_gradient(t, p.begin[i], p.end[i], i, w_grad)
