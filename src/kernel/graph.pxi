@@ -215,9 +215,7 @@ cdef real weigh_edges(real* S, Py_ssize_t n, real m) noexcept nogil:
     cdef vf k = v_set1(<real>1.4426950408889634074)
     cdef vf base = v_set1(m if m != -INFINITY else 0)
     cdef vf x
-    cdef real lanes[VL]
     cdef Py_ssize_t i = 0
-    cdef int half = VL//2
     while i < n:
         x = v_exp2(v_mul(v_sub(v_load(S + i), base), k))
         if n - i < VL:
@@ -225,12 +223,7 @@ cdef real weigh_edges(real* S, Py_ssize_t n, real m) noexcept nogil:
         v_store(S + i, x)
         total = v_add(total, x)
         i += VL
-    v_store(lanes, total)
-    while half > 0:
-        for i in range(half):
-            lanes[i] += lanes[i + half]
-        half //= 2
-    return lanes[0]
+    return sum_lanes(total)
 
 
 cdef inline void add_rows(Edges* t, const int nv, Py_ssize_t d, const real* P, const fastattn_array* a,
