@@ -24,7 +24,9 @@ LIMITS = {dtype: (float(np.finfo(dtype).tiny), float(np.finfo(dtype).max)) for d
 UNBOUNDED = 2**61  # a window bound no position reaches; position - UNBOUNDED still fits in 64 bits
 OFFSET_LIMIT = 2**60
 MAX_LEADING_AXES = 8
-NORMALIZERS_TO_COME = ("softmax1", "sigmoid", "relu", "sparsemax", "entmax15")
+SOFTMAX, SIGMOID, RELU, SPARSEMAX, ENTMAX15 = range(5)  # as in fastattn.h
+NORMALIZERS = {"softmax": SOFTMAX, "softmax1": SOFTMAX, "sigmoid": SIGMOID, "relu": RELU, "sparsemax": SPARSEMAX,
+               "entmax15": ENTMAX15}
 OVERLAP_WORK = 10_000  # steps that deciding an overlap exactly may take; about a millisecond
 
 
@@ -43,6 +45,7 @@ class Problem:
     query_lengths   None or contiguous int64 (B,), in [0, L]
     kv_lengths      None or contiguous int64 (B,), in [0, S]
     scale, softcap  floats; softcap 0.0 = none
+    normalizer      SOFTMAX, ...; shift is the sigmoid's, NaN for minus the log of a batch's keys
     dropout         0, or how many of 2**32 numbers drop a weight
     keep, seed      the factor of those that stay; 64 bits
     batch           number of the first batch
@@ -62,6 +65,7 @@ class Problem:
     bias_offset     of a bias object: None or int64 (B,)
     grad_out, grad_lse                      of a backward pass: as out and lse, the latter or None
     grad_query, grad_key, grad_value        as query, key and value, to be filled, in the dtype of the sums
+    means           None, or as out in the dtype of the sums: room for what takes its place in the gradients
     delta           (*lead, H, L), minus grad_lse, to be filled for the rows that see a key: sum of grad_out * out, less
                     grad_lse
     grad_bias       None, or zeros to be filled: (*lead, H, L, S) with stride 0 where it is a sum
@@ -75,10 +79,11 @@ class Problem:
     """
 
     __slots__ = ("query", "key", "value", "mask", "plan", "bias", "bias_index", "sinks", "left", "right",
-                 "query_offset", "query_lengths", "kv_lengths", "scale", "softcap", "dropout", "keep", "seed",
+                 "query_offset", "query_lengths", "kv_lengths", "scale", "softcap", "normalizer", "shift", "dropout",
+                 "keep", "seed",
                  "batch", "one_path", "out", "lse",
                  "num_threads", "cu_q", "cu_k", "L", "S", "pages", "reduce", "rows", "weights", "indices", "k",
-                 "chunks", "bias_offset", "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "delta",
+                 "chunks", "bias_offset", "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "delta", "means",
                  "grad_bias", "grad_index", "row_grad", "parts", "fresh", "in_turn", "returned", "returned_lse")
 
     def result(self):
@@ -265,10 +270,10 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
 
     p.dropout, p.keep, p.seed = _dropout(dropout_p, seed)
 
-    # --- options of later versions ---
-    if type(normalizer) is not str or normalizer != "softmax":
-        _check_normalizer(normalizer)
-    p.one_path = deterministic is not None and _check_deterministic(deterministic)
+    p.normalizer, p.shift, zero_sink = parse_normalizer(normalizer, sinks)
+    if zero_sink:
+        p.sinks = np.zeros(H, inside)
+    p.one_path = (deterministic is not None and _check_deterministic(deterministic)) or p.normalizer != SOFTMAX
 
     # --- results ---
     shape = (T, H, Dv) if packed is not None else lead + (H, L, Dv) if rank > 2 else (L, Dv)
@@ -323,6 +328,9 @@ def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bi
     p.out = given("out", out, shape, dtype)
     p.lse = given("lse", lse, shape[:-1], inside)
     p.grad_lse = None if grad_lse is None else given("grad_lse", grad_lse, shape[:-1], inside)
+    if grad_lse is not None and p.normalizer != SOFTMAX:
+        raise ValueError("grad_lse must be None where the normalizer is no softmax, got an array")
+    p.means = as_problem(aligned_empty(shape, inside)) if p.normalizer in (SPARSEMAX, ENTMAX15) else None
 
     def of(H, n, *columns):
         return (n, H, *columns) if packed else (n, *columns) if flat else lead + (H, n, *columns)
@@ -755,16 +763,24 @@ def _window(window, causal):
     return left, 0 if causal else right
 
 
-# --- options of later versions ---
-
-def _check_normalizer(normalizer):
+def parse_normalizer(normalizer, sinks):
+    """(its number, the sigmoid's shift or NaN for the default, whether a sink of 0 joins)."""
+    shift = math.nan
+    if isinstance(normalizer, (tuple, list)) and len(normalizer) == 2 and normalizer[0] == "sigmoid":
+        normalizer, shift = "sigmoid", _real("the shift of normalizer", normalizer[1])
+        if not abs(shift) <= LIMITS[FLOAT32][1]:
+            raise ValueError(f"the shift of normalizer must be finite in float32, got {shift}")
     if not isinstance(normalizer, str):
-        raise TypeError(f"normalizer must be a string, got {type(normalizer).__name__}")
-    if normalizer in NORMALIZERS_TO_COME:
-        raise NotImplementedError(f"normalizer={normalizer!r} is not implemented yet")
-    if normalizer != "softmax":
-        raise ValueError(f"normalizer must be one of {('softmax', *NORMALIZERS_TO_COME)}, got {normalizer!r}")
+        raise TypeError(f"normalizer must be a string or ('sigmoid', shift), got {type(normalizer).__name__}")
+    if normalizer not in NORMALIZERS:
+        raise ValueError(f"normalizer must be one of {tuple(NORMALIZERS)}, got {normalizer!r}")
+    if sinks is not None and normalizer != "softmax":
+        whose = ", whose sink is 0" if normalizer == "softmax1" else ""
+        raise ValueError(f"sinks must be None with normalizer={normalizer!r}{whose}, got an array")
+    return NORMALIZERS[normalizer], shift, normalizer == "softmax1"
 
+
+# --- options ---
 
 def _check_deterministic(deterministic):
     if isinstance(deterministic, str):

@@ -76,7 +76,7 @@ def forward_weights(problem):
     with np.errstate(all="ignore"):
         for batch, head, kv_head in heads(problem):
             scores, visible = logits(problem, batch, head, kv_head, np.float64)
-            p = np.where(visible, softmax(scores, visible, sink(problem, head, np.float64))[0], 0)
+            p = np.where(visible, normalise(problem, batch, head, scores, visible)[0], 0)
             if reduce is None:
                 problem.weights[head] = p
             elif reduce == "sum":
@@ -152,8 +152,7 @@ def forward(problem, dtype=None):
     with np.errstate(all="ignore"):
         for batch, head, kv_head in heads(problem):
             scores, visible = logits(problem, batch, head, kv_head, dtype)
-            weights, m, total = softmax(scores, visible, sink(problem, head, dtype))
-            lse = m + np.log(total)
+            weights, lse = normalise(problem, batch, head, scores, visible)
             if problem.query_lengths is not None:
                 lse[problem.query_lengths[batch]:] = -np.inf
             if problem.dropout:
@@ -218,7 +217,7 @@ def backward(problem, dtype=None):
             scores, visible = logits(problem, batch, head, kv_head, dtype)
             q, k, v = (x.astype(dtype) for x in (problem.query[head], problem.key[kv_head], problem.value[kv_head]))
             g, lse = problem.grad_out[head].astype(dtype), problem.lse[head].astype(dtype)
-            p = np.where(visible, np.exp(scores - lse[:, None]), 0)
+            p, slope = slopes(problem, batch, scores, visible, lse)
             delta = (g * problem.out[head].astype(dtype)).sum(axis=1)
             if problem.grad_lse is not None:
                 delta -= problem.grad_lse[head]
@@ -229,7 +228,12 @@ def backward(problem, dtype=None):
             if problem.dropout:
                 stay = dropout(problem, batch, head)
                 dp = np.where(stay > 0, stay * dp, 0)
-            dz = np.where(visible, p * (dp - delta[:, None]), 0)
+            if problem.normalizer != checks.SOFTMAX:
+                delta = np.zeros(len(p), dtype)
+            if problem.normalizer in (checks.SPARSEMAX, checks.ENTMAX15):
+                total = slope.sum(axis=1)
+                delta = np.where(slope > 0, slope * dp, 0).sum(axis=1) / np.where(total == 0, 1, total)
+            dz = np.where(visible, slope * (dp - delta[:, None]), 0)
             _add_bias_gradient(problem, head, dz)
             if problem.softcap:
                 dz = np.where(visible, dz * (1 - np.tanh(problem.scale * (q @ k.T) / problem.softcap) ** 2), 0)
@@ -419,6 +423,70 @@ def logits(problem, batch, head, kv_head, dtype):
     if problem.query_lengths is not None:
         visible[i >= problem.query_lengths[batch]] = False
     return scores, visible
+
+
+def normalise(problem, batch, head, scores, visible):
+    """(weights[L, S], 0 where not visible; lse[L], or what takes its place) of final scores."""
+    if problem.normalizer == checks.SOFTMAX:
+        weights, m, total = softmax(scores, visible, sink(problem, head, scores.dtype))
+        return weights, m + np.log(total)
+    empty = ~visible.any(axis=1)
+    if problem.normalizer in (checks.SIGMOID, checks.RELU):
+        level = np.zeros(len(scores), scores.dtype)
+    else:
+        level = (sparsemax_level if problem.normalizer == checks.SPARSEMAX else entmax15_level)(scores, visible)
+    level = np.where(empty, -np.inf, level)
+    weights = slopes(problem, batch, scores, visible, np.where(empty, 0, level))[0]
+    return weights, level
+
+
+def sparsemax_level(scores, visible):
+    """t[L] with sum max(s - t, 0) = 1: with the k largest scores above t, t = (their sum - 1) / k."""
+    z, k, top = _descending(scores, visible)
+    sums = np.cumsum(z, axis=1)
+    n = np.count_nonzero(1 + k * z > sums, axis=1)[:, None]
+    level = (np.take_along_axis(sums, np.maximum(n - 1, 0), 1) - 1)[:, 0] / np.maximum(n[:, 0], 1)
+    return level + top
+
+
+def entmax15_level(scores, visible):
+    """t[L] with sum max(s / 2 - t, 0)^2 = 1 (Peters, Niculae and Martins 2019, algorithm 2): of the k largest z = s / 2,
+    t = mean - sqrt((1 - sum of the squared distances from it) / k), for the largest k whose t is at most the k-th z."""
+    z, k, top = _descending(scores / 2, visible)
+    seen = np.where(z == -np.inf, 0, z)  # they are last
+    mean, squares = np.cumsum(seen, axis=1) / k, np.cumsum(seen**2, axis=1)
+    levels = mean - np.sqrt(np.maximum(1 - (squares - k * mean**2), 0) / k)
+    n = np.count_nonzero(levels <= z, axis=1)[:, None]
+    return np.take_along_axis(levels, np.maximum(n - 1, 0), 1)[:, 0] + top
+
+
+def _descending(scores, visible):
+    """(the visible scores of each row less their maximum, in descending order, -inf behind; 1, 2, ...; the maxima)."""
+    z = np.sort(np.where(visible, -scores, np.inf), axis=1)
+    z = -z if z.shape[1] else np.full((len(z), 1), -np.inf, z.dtype)
+    top = z[:, :1]
+    top = np.where(np.isnan(z).any(axis=1, keepdims=True), np.nan, top)
+    return z - top, np.arange(1, z.shape[1] + 1), top[:, 0]
+
+
+def slopes(problem, batch, scores, visible, lse):
+    """Weights and their slopes g, both [L, S] and 0 where not visible, from final scores and the saved lse: the gradient
+    of a score is g (dp - delta). delta is a constant of the row, 0 for sigmoid and relu."""
+    n = len(scores[0]) if problem.kv_lengths is None else int(problem.kv_lengths[batch])
+    level = lse[:, None]
+    if problem.normalizer == checks.SOFTMAX:
+        p = slope = np.exp(scores - level)
+    elif problem.normalizer == checks.SIGMOID:
+        p = 1 / (1 + np.exp(-(scores + (-np.log(max(n, 1)) if np.isnan(problem.shift) else problem.shift))))
+        slope = p * (1 - p)
+    elif problem.normalizer == checks.RELU:
+        p, slope = np.maximum(scores, 0) / max(n, 1), np.where(scores > 0, 1 / max(n, 1), 0)
+    elif problem.normalizer == checks.SPARSEMAX:
+        p, slope = np.maximum(scores - level, 0), np.where(scores > level, 1, 0)
+    else:
+        slope = np.maximum(scores / 2 - level, 0)
+        p = slope**2
+    return np.where(visible, p, 0), np.where(visible, slope, 0)
 
 
 def softmax(scores, visible, sink=None):

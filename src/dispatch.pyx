@@ -280,7 +280,8 @@ cdef int run(fastattn_problem* p, int n_threads) except -1:
     cdef double flops
     if p.B*p.H*p.L == 0:
         return 0
-    flops = 2*pairs(p)*(3*p.D + 2*p.Dv if p.reduce == FASTATTN_GRADIENT else 2*p.D if p.reduce else p.D + p.Dv)
+    flops = 2*pairs(p)*(3*p.D + 2*p.Dv if p.reduce == FASTATTN_GRADIENT else 2*p.D if p.reduce and p.reduce != FASTATTN_MEAN
+                        else p.D + p.Dv)
     n_threads = threads_for(n_threads, flops)
     work.kernel = kernel_of(p.bits)
     work.n_tasks = work.kernel.tasks(p, n_threads)
@@ -490,6 +491,8 @@ cdef void describe_problem(fastattn_problem* p, problem) except *:
     p.right = problem.right
     p.scale = problem.scale
     p.softcap = problem.softcap
+    p.normalizer = problem.normalizer
+    p.shift = problem.shift
     p.query_offset = integers(offsets)
     p.query_lengths = integers(q_lengths)
     p.kv_lengths = integers(kv_lengths)
@@ -534,7 +537,7 @@ def forward(problem):
     # Pairs: the products read rows of words, and the scale's sign and size stay out of Q.
     if (kernel_pairs != NULL and p.query.kind == FASTATTN_BF16 and p.key.kind == FASTATTN_BF16
             and p.value.kind == FASTATTN_BF16 and p.D % 2 == 0 and 1e-30 < p.scale < 1e30 and not p.reduce
-            and p.dropout == 0):
+            and p.dropout == 0 and p.normalizer == FASTATTN_SOFTMAX):
         p.bits = 16
     run(&p, 0 if problem.num_threads is None else problem.num_threads)
 
@@ -542,7 +545,12 @@ def forward(problem):
 def backward(problem):
     """Fill the gradients of problem (see checks.Problem)."""
     cdef fastattn_problem p
+    cdef int n_threads = 0 if problem.num_threads is None else problem.num_threads
     describe_problem(&p, problem)
+    if problem.means is not None:
+        describe(&p.out, problem.means, 3, p.n_lead)
+        p.reduce = FASTATTN_MEAN
+        run(&p, n_threads)
     p.reduce = FASTATTN_GRADIENT
     p.in_turn = problem.in_turn
     p.fresh = problem.fresh
@@ -562,7 +570,7 @@ def backward(problem):
         p.grad_bias.row = cnp.PyArray_STRIDE(problem.grad_bias, 0)//cnp.PyArray_ITEMSIZE(problem.grad_bias)
     elif problem.grad_bias is not None:
         describe(&p.grad_bias, problem.grad_bias, 3, p.n_lead)
-    run(&p, 0 if problem.num_threads is None else problem.num_threads)
+    run(&p, n_threads)
 
 
 cdef void describe_nodes(fastattn_array* a, cnp.ndarray x, int tail) noexcept:

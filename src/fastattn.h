@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FASTATTN_ABI 5
+#define FASTATTN_ABI 6
 #define FASTATTN_LEAD 8
 #define FASTATTN_UNBOUNDED ((int64_t)1 << 61)
 
@@ -51,6 +51,17 @@ enum {
     FASTATTN_ENTROPY,               /* (B, H, L, 1) -sum p log p of each row, in nats; zeros before */
     FASTATTN_TOP_K,                 /* (B, H, L, k) the largest of each row, descending; zeros before, and indices -1 */
     FASTATTN_GRADIENT,              /* the gradients, from grad_out and the saved out and lse */
+    FASTATTN_MEAN,                  /* out = sum g value / sum g, g the slopes of the weights, from the saved lse: what takes the
+                                     * place of out in the gradients of sparsemax and entmax-1.5 */
+};
+
+/* What makes weights p of a row's final logits s; S keys, of which the row may see fewer. */
+enum {
+    FASTATTN_SOFTMAX,               /* exp(s) / sum exp(s) */
+    FASTATTN_SIGMOID,               /* 1 / (1 + exp(-(s + shift))) */
+    FASTATTN_RELU,                  /* max(s, 0) / S */
+    FASTATTN_SPARSEMAX,             /* max(s - t, 0), t such that their sum is 1; lse is t */
+    FASTATTN_ENTMAX15,              /* max(s / 2 - t, 0)^2, likewise */
 };
 
 typedef struct {
@@ -86,6 +97,8 @@ typedef struct {
     const int64_t *kv_lengths;      /* (B,); NULL stands for S */
     int64_t left, right;            /* row i sees p - left <= j <= p + right, p = i + query_offset */
     double scale, softcap;          /* softcap 0: none */
+    int32_t normalizer;             /* all but the first take one_path, and no pairs */
+    double shift;                   /* NaN: -log of the batch's keys */
     uint64_t seed;
     uint32_t dropout;               /* a weight stays if its number is at least this; 0: none */
     double keep;                    /* factor of those that stay */

@@ -22,6 +22,12 @@ cdef extern from "fastattn.h" nogil:
     enum: FASTATTN_ENTROPY
     enum: FASTATTN_TOP_K
     enum: FASTATTN_GRADIENT
+    enum: FASTATTN_MEAN
+    enum: FASTATTN_SOFTMAX
+    enum: FASTATTN_SIGMOID
+    enum: FASTATTN_RELU
+    enum: FASTATTN_SPARSEMAX
+    enum: FASTATTN_ENTMAX15
     enum: FASTATTN_TILE_ROWS
     enum: FASTATTN_TILE_KEYS
     ctypedef struct fastattn_tiles:
@@ -54,6 +60,8 @@ cdef extern from "fastattn.h" nogil:
         const int64_t* kv_lengths
         int64_t left, right
         double scale, softcap
+        int32_t normalizer
+        double shift
         uint64_t seed
         uint32_t dropout
         double keep

@@ -273,7 +273,10 @@ cdef void capped_weights(Task* t, int first, int vectors, const Operands* of, in
         bias_pass(S, vectors, n, 1, t.bias_tile)
     if masked:
         hide_pass(S, vectors, n, t.seen + begin, lane)
-    weigh_rows(vectors, S, n, t.kappa, t.base + lane, t.total + lane, begin, False)
+    if t.p.normalizer <= FASTATTN_SIGMOID:
+        weigh_rows(vectors, S, n, t.kappa, t.base + lane, t.total + lane, begin, False)
+    if t.p.normalizer != FASTATTN_SOFTMAX:
+        activate(t, S, lane, vectors, n, t.seen + begin if masked else NULL)
 
 
 cdef bint finite_block(Task* t, const Operands* of, int64_t block, Py_ssize_t n) noexcept nogil:
@@ -321,8 +324,12 @@ cdef void gradient_segment(Task* t, int first, int vectors, const Operands* of, 
         chain_n(vectors, of.v + begin*of.v_row, of.v_row, back.Gt + lane, p.Dv, dS, m, True, &t.later)
         if p.dropout != 0:
             kept_lanes(t, first, vectors, block + begin, m, kept)
-        score_gradients(P, dS, vectors, m, back.delta + lane, back.trim + lane, seen + begin if seen != NULL else NULL,
-                        kept if p.dropout != 0 else NULL, <real>p.keep, lane)
+        if p.normalizer != FASTATTN_SOFTMAX:
+            slope_gradients(t, P, dS, vectors, m, back.delta + lane, seen + begin if seen != NULL else NULL,
+                            kept if p.dropout != 0 else NULL, <real>p.keep, lane)
+        else:
+            score_gradients(P, dS, vectors, m, back.delta + lane, back.trim + lane, seen + begin if seen != NULL else NULL,
+                            kept if p.dropout != 0 else NULL, <real>p.keep, lane)
         if p.grad_bias.data != NULL or p.row_grad.data != NULL:
             add_bias_gradient(t, first, vectors, block + begin, m, dS)
         if p.softcap > 0:
@@ -405,17 +412,20 @@ cdef void rows_before(Task* t, bint begins) noexcept nogil:
     cdef double x
     if p.grad_lse.data != NULL:
         grad_lse = <const real*>base_of(p, &p.grad_lse, t.b, t.h, p.cu_q, False)
-    for i in range(t.n_queries):
+    for i in range(t.n_queries if p.normalizer == FASTATTN_SOFTMAX else 0):
         x = lse[(t.q_begin + i)*p.lse.row]
         t.base[i] = <real>(x/nats) if x != -INFINITY else 0
         back.trim[i] = <real>near_one(t.base[i]*nats - x) if x != -INFINITY else 1
-    for i in range(t.n_queries, t.vectors*VL):
+    for i in range(t.n_queries if p.normalizer == FASTATTN_SOFTMAX else 0, t.vectors*VL):
         back.trim[i] = 1
-        t.base[i] = 0
+        if p.normalizer == FASTATTN_SOFTMAX:
+            t.base[i] = 0
     for i in range(LANES):
         back.ones[i] = 1
     row_products(t, g, out)
     for i in range(t.n_queries):
+        if p.normalizer != FASTATTN_SOFTMAX and not has_threshold(p):
+            back.delta[i] = 0
         if grad_lse != NULL:
             back.delta[i] = <real>(<double>back.delta[i] - grad_lse[(t.q_begin + i)*p.grad_lse.row])
         if begins:
@@ -514,7 +524,7 @@ cdef bint block_gradients(Task* t, const fastattn_problem* p, const Place* place
     if not begins <= back.chunk <= ends:
         return True
     t.back = back
-    t.second = True
+    t.stage = DERIVE
     t.cold = False
     t.begin = max(t.k_begin, back.first)
     t.end = min(t.k_end, back.end)
