@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from . import masks
+from . import masks, score
 from .bias import Bias
 
 FLOAT32 = np.dtype(np.float32)
@@ -62,6 +62,9 @@ class Problem:
     rows            is None or int64 (L,): the rows that the queries are in positions and query_lengths
     weights         the kernel's result: (*lead, H, L, S), (*lead, H, chunks, S), (*lead, H, L, 1) or (*lead, H, L, k)
     indices         None, or int64 (*lead, H, L, k)
+    additive        None, or (w, b) of additive scores: contiguous (H, D) in the dtype of the sums; b may be None
+    score_mod       None, or a score.Prepared: what changes the scaled scores
+    grad_w          None, or zeros (*lead, H, parts, D) to be filled: the gradient of w is their sum
     bias_offset     of a bias object: None or int64 (B,)
     grad_out, grad_lse                      of a backward pass: as out and lse, the latter or None
     grad_query, grad_key, grad_value        as query, key and value, to be filled, in the dtype of the sums
@@ -80,10 +83,10 @@ class Problem:
 
     __slots__ = ("query", "key", "value", "mask", "plan", "bias", "bias_index", "sinks", "left", "right",
                  "query_offset", "query_lengths", "kv_lengths", "scale", "softcap", "normalizer", "shift", "dropout",
-                 "keep", "seed",
+                 "keep", "seed", "additive", "score_mod", "means", "grad_w",
                  "batch", "one_path", "out", "lse",
                  "num_threads", "cu_q", "cu_k", "L", "S", "pages", "reduce", "rows", "weights", "indices", "k",
-                 "chunks", "bias_offset", "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "delta", "means",
+                 "chunks", "bias_offset", "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "delta",
                  "grad_bias", "grad_index", "row_grad", "parts", "fresh", "in_turn", "returned", "returned_lse")
 
     def result(self):
@@ -133,11 +136,11 @@ class Problem:
 def problem(query, key, value, *, mask=None, bias=None, causal=False, window=None, query_offset=None,
             query_lengths=None, kv_lengths=None, scale=None, softcap=None, sinks=None, normalizer="softmax",
             dropout_p=0.0, seed=None, out=None, return_lse=False, deterministic=None, num_threads=None, packed=None,
-            results=True):
+            results=True, score_mod=None, additive=None):
     """Check the arguments of `attention`, which documents them, and return the `Problem` they describe.
 
     ``packed``: None, or (cu_seqlens_q, cu_seqlens_k) of `varlen_attention`. ``results``: False leaves out to the
-    caller, with its shape in `returned`.
+    caller, with its shape in `returned`. ``additive``: None, or (weight, bias) of `additive_attention`.
     """
     p = Problem()
     p.reduce = p.k = p.chunks = 0
@@ -275,6 +278,11 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
         p.sinks = np.zeros(H, inside)
     p.one_path = (deterministic is not None and _check_deterministic(deterministic)) or p.normalizer != SOFTMAX
 
+    # --- scores that are no products, or changed ---
+    p.additive = None if additive is None else _additive(*additive, H, D, dtype, inside)
+    p.score_mod = None if score_mod is None else score.prepare(score_mod, inside)
+    p.one_path = p.one_path or p.additive is not None or p.score_mod is not None
+
     # --- results ---
     shape = (T, H, Dv) if packed is not None else lead + (H, L, Dv) if rank > 2 else (L, Dv)
     if not results:
@@ -345,13 +353,19 @@ def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bi
     p.delta = as_problem(sums["delta"])
     p.grad_bias = p.grad_index = p.row_grad = None
     p.parts, p.fresh, p.in_turn, batches = 0, False, 1, max(1, math.prod(lead))
+    p.grad_w = None
+    blocks = -(-p.S // masks.KEYS)
+    if p.score_mod is not None and not p.score_mod.gradient:
+        raise ValueError("score_mod must be a ScoreMod with a gradient for attention_backward, got one without")
+    if p.additive is not None:
+        p.parts = max(1, min(blocks, GRADIENT_PARTS))
+        sums["w"] = p.grad_w = np.zeros(lead + (H, p.parts, D), inside)
     if bias is None or not of_bias:
         pass
     elif isinstance(bias, Bias):
         full, offset = ((1,) * len(lead), None) if nothing else (lead, p.bias_offset)
         p.grad_index, own, n, sums["distance"] = bias.diagonals(full, p.L, p.S, offset)
         p.grad_index = tuple(np.ascontiguousarray(index, np.int64) for index in p.grad_index)
-        blocks = -(-p.S // masks.KEYS)
         p.parts = max(1, min(blocks, max(GRADIENT_PARTS, blocks // GRADIENT_PARTS)))
         sums["bias"] = np.zeros((p.parts, *own, H, n), inside)
         p.grad_bias = _to_be_summed(sums["bias"][..., None, :], (p.parts, *full, H, 1, n))
@@ -401,6 +415,8 @@ def weights_problem(query, key, *, rows=None, heads=None, reduce=None, **options
 
     # The chosen heads and rows: small arrays are copied, the masks of all rows are not.
     if heads is not None:
+        if p.score_mod is not None:
+            raise ValueError("heads must be None with a score_mod, which gets the numbers of all heads, got some")
         heads = _selection("heads", heads, H)
         group = H // p.key.shape[-3] if p.key.shape[-3] else 1
         p.query = p.query[..., heads, :, :]
@@ -761,6 +777,22 @@ def _window(window, causal):
         raise ValueError(f"window must be an integer or a pair (left, right), got {len(pair)} values")
     left, right = (UNBOUNDED if n is None else min(_integer("window", n, 0), UNBOUNDED) for n in pair)
     return left, 0 if causal else right
+
+
+def _additive(weight, bias, H, D, dtype, inside):
+    """Weight and bias of additive scores, (D,) or (H, D), as contiguous (H, D); the latter may be None."""
+    result = []
+    for name, array in (("weight", weight), ("bias", bias)):
+        if array is None and name == "bias":
+            result.append(None)
+            continue
+        array = _array(name, array)
+        if array.dtype != dtype and array.dtype != inside:
+            raise TypeError(f"{name} must have query's dtype {_or(dtype, inside)}, got {array.dtype}")
+        if array.shape not in ((D,), (H, D)):
+            raise ValueError(f"{name} must have shape {(D,)} or {(H, D)}, got {array.shape}")
+        result.append(np.ascontiguousarray(np.broadcast_to(array, (H, D)), inside))
+    return tuple(result)
 
 
 def parse_normalizer(normalizer, sinks):

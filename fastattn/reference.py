@@ -20,13 +20,14 @@ import functools
 
 import numpy as np
 
-from . import checks, gradient, graph, merge
+from . import additive, checks, gradient, graph, merge, score
 from .bias import ALiBi
 
 
 def attention(query, key, value, *, mask=None, bias=None, causal=False, window=None, query_offset=None,
-              query_lengths=None, kv_lengths=None, scale=None, softcap=None, sinks=None, normalizer="softmax",
-              dropout_p=0.0, seed=None, out=None, return_lse=False, deterministic=None, num_threads=None):
+              query_lengths=None, kv_lengths=None, scale=None, softcap=None, score_mod=None, sinks=None,
+              normalizer="softmax", dropout_p=0.0, seed=None, out=None, return_lse=False, deterministic=None,
+              num_threads=None):
     """`fastattn.attention` in plain NumPy: the same arguments, checks and results, in float64 inside.
 
     It stores the L x S scores of one head at a time and ignores `num_threads`.
@@ -37,22 +38,22 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
     """
     problem = checks.problem(
         query, key, value, mask=mask, bias=bias, causal=causal, window=window, query_offset=query_offset,
-        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks,
-        normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
+        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, score_mod=score_mod,
+        sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
         deterministic=deterministic, num_threads=num_threads)
     forward(problem)
     return problem.result()
 
 
 def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, mask=None, bias=None, causal=False, window=None,
-                     query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None, sinks=None,
-                     normalizer="softmax", dropout_p=0.0, seed=None, out=None, return_lse=False, deterministic=None,
-                     num_threads=None):
+                     query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None, score_mod=None,
+                     sinks=None, normalizer="softmax", dropout_p=0.0, seed=None, out=None, return_lse=False,
+                     deterministic=None, num_threads=None):
     """`fastattn.varlen_attention` in plain NumPy: each sequence by itself, in float64 inside."""
     problem = checks.problem(
         query, key, value, mask=mask, bias=bias, causal=causal, window=window, query_offset=query_offset,
-        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks,
-        normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
+        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, score_mod=score_mod,
+        sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
         deterministic=deterministic, num_threads=num_threads, packed=(cu_seqlens_q, cu_seqlens_k))
     forward(problem)
     return problem.result()
@@ -60,12 +61,12 @@ def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, mask=None
 
 def attention_weights(query, key, *, rows=None, heads=None, reduce=None, mask=None, bias=None, causal=False,
                       window=None, query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None,
-                      sinks=None, normalizer="softmax", deterministic=None, num_threads=None):
+                      score_mod=None, sinks=None, normalizer="softmax", deterministic=None, num_threads=None):
     """`fastattn.attention_weights` in plain NumPy, from the weights of all chosen rows at once, in float64 inside."""
     problem = checks.weights_problem(
         query, key, rows=rows, heads=heads, reduce=reduce, mask=mask, bias=bias, causal=causal, window=window,
         query_offset=query_offset, query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap,
-        sinks=sinks, normalizer=normalizer, deterministic=deterministic, num_threads=num_threads)
+        score_mod=score_mod, sinks=sinks, normalizer=normalizer, deterministic=deterministic, num_threads=num_threads)
     forward_weights(problem)
     return checks.weights_result(problem)
 
@@ -164,7 +165,7 @@ def forward(problem, dtype=None):
 
 def attention_backward(grad_out, query, key, value, out, lse, *, grad_lse=None, mask=None, bias=None, causal=False,
                        window=None, query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None,
-                       sinks=None, normalizer="softmax", dropout_p=0.0, seed=None, deterministic=None,
+                       score_mod=None, sinks=None, normalizer="softmax", dropout_p=0.0, seed=None, deterministic=None,
                        num_threads=None):
     """`fastattn.attention_backward` in plain NumPy, in float64 inside. For each query row of a head, over its keys:
 
@@ -178,19 +179,20 @@ def attention_backward(grad_out, query, key, value, out, lse, *, grad_lse=None, 
     return _backward(
         None, grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask, bias=bias, causal=causal,
         window=window, query_offset=query_offset, query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale,
-        softcap=softcap, sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed,
+        softcap=softcap, score_mod=score_mod, sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed,
         deterministic=deterministic, num_threads=num_threads)
 
 
 def varlen_attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, *, grad_lse=None,
                               mask=None, bias=None, causal=False, window=None, query_offset=None, query_lengths=None,
-                              kv_lengths=None, scale=None, softcap=None, sinks=None, normalizer="softmax",
-                              dropout_p=0.0, seed=None, deterministic=None, num_threads=None):
+                              kv_lengths=None, scale=None, softcap=None, score_mod=None, sinks=None,
+                              normalizer="softmax", dropout_p=0.0, seed=None, deterministic=None, num_threads=None):
     """`fastattn.varlen_attention_backward` in plain NumPy: each sequence by itself, in float64 inside."""
-    return _backward((cu_seqlens_q, cu_seqlens_k), grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask,
-                     bias=bias, causal=causal, window=window, query_offset=query_offset, query_lengths=query_lengths,
-                     kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks, normalizer=normalizer,
-                     dropout_p=dropout_p, seed=seed, deterministic=deterministic, num_threads=num_threads)
+    return _backward(
+        (cu_seqlens_q, cu_seqlens_k), grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask, bias=bias,
+        causal=causal, window=window, query_offset=query_offset, query_lengths=query_lengths, kv_lengths=kv_lengths,
+        scale=scale, softcap=softcap, score_mod=score_mod, sinks=sinks, normalizer=normalizer, dropout_p=dropout_p,
+        seed=seed, deterministic=deterministic, num_threads=num_threads)
 
 
 def _backward(packed, grad_out, query, key, value, out, lse, *, bias, sinks, **options):
@@ -235,11 +237,32 @@ def backward(problem, dtype=None):
                 delta = np.where(slope > 0, slope * dp, 0).sum(axis=1) / np.where(total == 0, 1, total)
             dz = np.where(visible, slope * (dp - delta[:, None]), 0)
             _add_bias_gradient(problem, head, dz)
+            raw = raw_scores(problem, head, q, k)
+            changed = raw
+            if problem.score_mod is not None:
+                changed = score.apply(problem.score_mod, raw, problem.batch + batch, head[-1], range(len(q)))
             if problem.softcap:
-                dz = np.where(visible, dz * (1 - np.tanh(problem.scale * (q @ k.T) / problem.softcap) ** 2), 0)
-            problem.grad_query[head] += problem.scale * weighted_sum(dz, visible, k)
-            problem.grad_key[kv_head] += problem.scale * weighted_sum(dz.T, visible.T, q)
+                dz = np.where(visible, dz * (1 - np.tanh(changed / problem.softcap) ** 2), 0)
+            if problem.score_mod is not None:
+                dz = score.apply(problem.score_mod, raw, problem.batch + batch, head[-1], range(len(q)), dz)
+                dz = np.where(visible, dz, 0)
+            if problem.additive is not None:
+                _add_additive_gradients(problem, head, kv_head, q, k, dz)
+            else:
+                problem.grad_query[head] += problem.scale * weighted_sum(dz, visible, k)
+                problem.grad_key[kv_head] += problem.scale * weighted_sum(dz.T, visible.T, q)
             problem.grad_value[kv_head] += weighted_sum((p * stay).T, visible.T, g)
+
+
+def _add_additive_gradients(problem, head, kv_head, q, k, dz):
+    w, b = (None if x is None else x[head[-1]].astype(q.dtype) for x in problem.additive)
+    for i, row in enumerate(q if b is None else q + b):
+        seen = dz[i] != 0  # NaN included; what is not seen may hold NaN
+        t = np.tanh(row + k[seen])
+        u = dz[i, seen, None] * w * (1 - t) * (1 + t)
+        problem.grad_query[head][i] += u.sum(axis=0)
+        problem.grad_key[kv_head][seen] += u
+        problem.grad_w[(*head, 0)] += dz[i, seen] @ t
 
 
 def _add_bias_gradient(problem, head, dz):
@@ -266,20 +289,25 @@ def dropout(problem, batch, head):
     return np.where(np.stack(numbers, axis=-1).reshape(L, -1)[:, :S] >= problem.dropout, problem.keep, 0)
 
 
-def _in_numpy(function):
+def _in_numpy(function, variable, mine):
+    """The function, with what computes its results replaced."""
     @functools.wraps(function)
     def call(*args, **options):
-        token = graph.kernel.set(run_graph)
+        token = variable.set(mine())
         try:
             return function(*args, **options)
         finally:
-            graph.kernel.reset(token)
+            variable.reset(token)
     return call
 
 
-graph_attention, graph_attention_backward = map(_in_numpy, (graph.graph_attention, graph.graph_attention_backward))
-gat_attention, gat_attention_backward = map(_in_numpy, (graph.gat_attention, graph.gat_attention_backward))
-gatv2_attention, gatv2_attention_backward = map(_in_numpy, (graph.gatv2_attention, graph.gatv2_attention_backward))
+graph_attention, graph_attention_backward, gat_attention, gat_attention_backward, gatv2_attention, \
+    gatv2_attention_backward = (_in_numpy(function, graph.kernel, lambda: run_graph) for function in (
+        graph.graph_attention, graph.graph_attention_backward, graph.gat_attention, graph.gat_attention_backward,
+        graph.gatv2_attention, graph.gatv2_attention_backward))
+additive_attention, additive_attention_backward = (
+    _in_numpy(function, additive.kernels, lambda: (forward, backward))
+    for function in (additive.additive_attention, additive.additive_attention_backward))
 
 
 def run_graph(call, dtype=None):
@@ -394,13 +422,25 @@ def sink(problem, head, dtype):
     return None if problem.sinks is None else problem.sinks[head[-1]].astype(dtype)
 
 
+def raw_scores(problem, head, q, k):
+    """scale * q . k, or w . tanh(q + k + b) if they are additive."""
+    if problem.additive is None:
+        return q.dtype.type(problem.scale) * (q @ k.T)
+    w, b = (None if x is None else x[head[-1]].astype(q.dtype) for x in problem.additive)
+    q = q if b is None else q + b
+    return np.stack([np.tanh(row + k) @ w for row in q]).reshape(len(q), len(k))
+
+
 def logits(problem, batch, head, kv_head, dtype):
     """The final scores s[L, S] of one head, and which of them are visible."""
     q, k = problem.query[head].astype(dtype), problem.key[kv_head].astype(dtype)
     L, S = len(q), len(k)
     visible = np.ones((L, S), np.bool_)
 
-    scores = dtype(problem.scale) * (q @ k.T)
+    i = np.arange(L) if problem.rows is None else problem.rows
+    scores = raw_scores(problem, head, q, k)
+    if problem.score_mod is not None:
+        scores = score.apply(problem.score_mod, scores, problem.batch + batch, head[-1], i)
     if problem.softcap:
         scores = problem.softcap * np.tanh(scores / problem.softcap)
     if problem.bias is not None:
@@ -413,7 +453,6 @@ def logits(problem, batch, head, kv_head, dtype):
     if problem.plan is not None:
         lead = problem.plan.lead
         visible &= problem.plan.definition(tuple(i if n > 1 else 0 for n, i in zip(lead, head[len(head) - len(lead):])))
-    i = np.arange(L) if problem.rows is None else problem.rows
     j = np.arange(S)
     if problem.query_offset is not None:
         position = i[:, None] + problem.query_offset[batch]
@@ -450,7 +489,7 @@ def sparsemax_level(scores, visible):
 
 
 def entmax15_level(scores, visible):
-    """t[L] with sum max(s / 2 - t, 0)^2 = 1 (Peters, Niculae and Martins 2019, algorithm 2): of the k largest z = s / 2,
+    """t[L] with sum max(s / 2 - t, 0)^2 = 1 (Peters, Niculae and Martins 2019, algorithm 2): of the k largest z = s/2,
     t = mean - sqrt((1 - sum of the squared distances from it) / k), for the largest k whose t is at most the k-th z."""
     z, k, top = _descending(scores / 2, visible)
     seen = np.where(z == -np.inf, 0, z)  # they are last
@@ -470,14 +509,17 @@ def _descending(scores, visible):
 
 
 def slopes(problem, batch, scores, visible, lse):
-    """Weights and their slopes g, both [L, S] and 0 where not visible, from final scores and the saved lse: the gradient
-    of a score is g (dp - delta). delta is a constant of the row, 0 for sigmoid and relu."""
+    """Weights and their slopes g, both [L, S] and 0 where not visible, from final scores and the saved lse.
+
+    The gradient of a score is g (dp - delta), where delta is a constant of the row, 0 for sigmoid and relu.
+    """
     n = len(scores[0]) if problem.kv_lengths is None else int(problem.kv_lengths[batch])
     level = lse[:, None]
     if problem.normalizer == checks.SOFTMAX:
         p = slope = np.exp(scores - level)
     elif problem.normalizer == checks.SIGMOID:
-        p = 1 / (1 + np.exp(-(scores + (-np.log(max(n, 1)) if np.isnan(problem.shift) else problem.shift))))
+        shift = -np.log(max(n, 1)) if np.isnan(problem.shift) else problem.shift
+        p = 1 / (1 + np.exp(-(scores + shift)))
         slope = p * (1 - p)
     elif problem.normalizer == checks.RELU:
         p, slope = np.maximum(scores, 0) / max(n, 1), np.where(scores > 0, 1 / max(n, 1), 0)

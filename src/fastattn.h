@@ -44,6 +44,12 @@ typedef struct {
 } fastattn_tiles;
 
 enum {
+    FASTATTN_DOT,                   /* query . key */
+    FASTATTN_LEAKY,                 /* w . leaky(query + key): x, or slope x where x < 0 */
+    FASTATTN_ADDITIVE,              /* w . tanh(query + key + w_bias) */
+};
+
+enum {
     FASTATTN_OUTPUT,                /* softmax(scores) value */
     FASTATTN_WEIGHTS,               /* (B, H, L, S) the weights themselves; the result holds zeros before */
     FASTATTN_SUM,                   /* (B, H, chunks, S) their sum over the queries of each chunk; zeros before */
@@ -54,6 +60,13 @@ enum {
     FASTATTN_MEAN,                  /* out = sum g value / sum g, g the slopes of the weights, from the saved lse: what takes the
                                      * place of out in the gradients of sparsemax and entmax-1.5 */
 };
+
+/* Changes a tile of scores: element j * stride + i belongs to query + i and key + j of a batch and head. Called from any thread.
+ * The other turns gradients of the changed scores into those of the scores as they were. */
+typedef void (*fastattn_score)(void *scores, int64_t batch, int64_t head, int64_t query, int64_t key, int64_t n_queries,
+                               int64_t n_keys, int64_t stride, void *data);
+typedef void (*fastattn_score_grad)(void *grads, const void *scores, int64_t batch, int64_t head, int64_t query, int64_t key,
+                                    int64_t n_queries, int64_t n_keys, int64_t stride, void *data);
 
 /* What makes weights p of a row's final logits s; S keys, of which the row may see fewer. */
 enum {
@@ -99,6 +112,12 @@ typedef struct {
     double scale, softcap;          /* softcap 0: none */
     int32_t normalizer;             /* all but the first take one_path, and no pairs */
     double shift;                   /* NaN: -log of the batch's keys */
+    int32_t score;                  /* FASTATTN_DOT or FASTATTN_ADDITIVE, which takes one_path, no pairs and scale 1 */
+    const void *w, *w_bias;         /* (H, D) real: of additive scores; w_bias is optional */
+    void *grad_w;                   /* (B, H, parts, D) real, zeros before: for each of the parts of the keys; optional */
+    fastattn_score score_mod;       /* of scaled scores; optional; it takes one_path and no pairs */
+    fastattn_score_grad score_grad;
+    void *score_data;
     uint64_t seed;
     uint32_t dropout;               /* a weight stays if its number is at least this; 0: none */
     double keep;                    /* factor of those that stay */
@@ -117,7 +136,7 @@ typedef struct {
                                              * grad_bias instead, of which each chunk of the keys has a part, `row` apart */
     fastattn_array row_grad;        /* (B, H, L) sums over the keys of the logits' gradients; zeros before; optional */
     fastattn_array delta;           /* (B, H, L) sum of grad_out * out, less grad_lse */
-    int64_t parts;                  /* of the latter */
+    int64_t parts;                  /* of grad_bias by grad_rows, of grad_w */
     int32_t fresh;                  /* grad_bias holds anything before; it has its own rows, heads, and batches or one for all */
     int64_t in_turn;                /* pairs of key head and batch that one task takes, whose grad_bias is one sum */
     int64_t blocks, splits, together, batch_tasks, groups, record;  /* set by `tasks`: how the problem is cut, see tasks.pxi */
@@ -148,11 +167,6 @@ enum {
     FASTATTN_GRAPH_GRADIENT,        /* grad_query of row i; weights, grad_scores and grad_bias of its edges */
     FASTATTN_GRAPH_SUM,             /* out of row i = sum of weights * value over its edges and the query heads of a key head */
 };
-enum {
-    FASTATTN_DOT,                   /* query . key */
-    FASTATTN_LEAKY,                 /* w . leaky(query + key): x, or slope x where x < 0 */
-};
-
 typedef struct {
     int32_t mode, score, wide;      /* wide: sources are int64_t, else int32_t */
     int64_t n_rows, n_edges, n_tasks, H, Hkv, D, Dv;

@@ -28,6 +28,12 @@ cdef extern from "fastattn.h" nogil:
     enum: FASTATTN_RELU
     enum: FASTATTN_SPARSEMAX
     enum: FASTATTN_ENTMAX15
+    enum: FASTATTN_DOT
+    enum: FASTATTN_LEAKY
+    enum: FASTATTN_ADDITIVE
+    ctypedef void (*fastattn_score)(void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, void*) noexcept nogil
+    ctypedef void (*fastattn_score_grad)(void*, const void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                         void*) noexcept nogil
     enum: FASTATTN_TILE_ROWS
     enum: FASTATTN_TILE_KEYS
     ctypedef struct fastattn_tiles:
@@ -62,6 +68,13 @@ cdef extern from "fastattn.h" nogil:
         double scale, softcap
         int32_t normalizer
         double shift
+        int32_t score
+        const void* w
+        const void* w_bias
+        void* grad_w
+        fastattn_score score_mod
+        fastattn_score_grad score_grad
+        void* score_data
         uint64_t seed
         uint32_t dropout
         double keep
@@ -94,8 +107,6 @@ cdef extern from "fastattn.h" nogil:
     enum: FASTATTN_GRAPH_OUTPUT
     enum: FASTATTN_GRAPH_GRADIENT
     enum: FASTATTN_GRAPH_SUM
-    enum: FASTATTN_DOT
-    enum: FASTATTN_LEAKY
     ctypedef struct fastattn_graph:
         int32_t mode, score, wide
         int64_t n_rows, n_edges, n_tasks, H, Hkv, D, Dv

@@ -146,6 +146,21 @@ cdef void load_bias(Task* t, real* to, Py_ssize_t lane, int vectors, int64_t key
         bias_tile(t, to, lane, vectors, key, n)
 
 
+cdef void change_scores(const Task* t, real* S, Py_ssize_t lane, int vectors, int64_t key, Py_ssize_t n) noexcept nogil:
+    # the caller's function on a tile of vectors from `lane` on and n keys; a call a row where they don't follow each other
+    cdef const fastattn_problem* p = t.p
+    cdef Py_ssize_t n_lanes = min(<Py_ssize_t>vectors*VL, t.n_queries - lane)
+    cdef Py_ssize_t i
+    multiply_pass(S, vectors, n, <real>p.scale)
+    if t.stage == DERIVE:
+        copy_pass(S, t.back.before + (S - t.S), vectors, n)
+    if p.rows == NULL:
+        p.score_mod(S, t.b, t.h, t.q_begin + lane, key, n_lanes, n, LANES, p.score_data)
+        return
+    for i in range(n_lanes):
+        p.score_mod(S + i, t.b, t.h, p.rows[t.q_begin + lane + i], key, 1, n, LANES, p.score_data)
+
+
 cdef void logits(Task* t, int first, int vectors, const Operands* of, int64_t block, Py_ssize_t begin, Py_ssize_t n,
                  bint masked) noexcept nogil:
     # Final logits of vectors [first, first + vectors) and n keys from row `begin` of one block on.
@@ -154,13 +169,19 @@ cdef void logits(Task* t, int first, int vectors, const Operands* of, int64_t bl
     cdef real* S = t.S + begin*LANES + lane
     if t.few:
         few_scores(t, first, vectors, of, begin, n)
+    elif p.score == FASTATTN_ADDITIVE:
+        additive_scores(t, first, vectors, of.k + begin*of.k_row, of.k_row, S, n)
     else:
         scores(t, first, vectors, of.k + begin*of.k_row, of.k_row, S, n, True)
+    if p.score_mod != NULL:
+        change_scores(t, S, lane, vectors, block + begin, n)
     if p.softcap > 0:
-        softcap_pass(S, vectors, n, <real>p.scale, <real>p.softcap)
+        softcap_pass(S, vectors, n, <real>1 if p.score_mod != NULL else <real>p.scale, <real>p.softcap)
+        if t.stage == DERIVE:
+            softcap_slope(S, t.back.slope + begin*LANES + lane, vectors, n, <real>p.softcap)
     if t.bias != NULL:
         load_bias(t, t.bias_tile, lane, vectors, block + begin, n)
-        bias_pass(S, vectors, n, <real>1 if p.softcap > 0 else <real>p.scale, t.bias_tile)
+        bias_pass(S, vectors, n, <real>1 if t.separate else <real>p.scale, t.bias_tile)
     if masked:
         hide_pass(S, vectors, n, t.seen + begin, lane)
 
@@ -175,7 +196,7 @@ cdef void exponentials(Task* t, int first, int vectors, const Operands* of, int6
     cdef const real* k = of.k + begin*of.k_row
     cdef real* S = t.S + begin*LANES + lane
     cdef How how
-    if p.softcap > 0 or (t.bias != NULL and D > DEPTH_WHOLE):
+    if t.separate or (t.bias != NULL and D > DEPTH_WHOLE):
         logits(t, first, vectors, of, block, begin, n, masked)
         weigh_rows(vectors, S, n, t.kappa, t.base + lane, t.total + lane, begin, True)
         return

@@ -55,6 +55,7 @@ cdef struct Task:
     const uint8_t* mask
     real kappa                      # logits of S to exponents of 2; > 0
     double exact_kappa
+    bint separate                   # logits are made apart from the product: S has no scale left
     bint cold                       # few blocks of queries share these keys: worth fetching the values early
     bint settled                    # no maximum has outgrown its reference yet: worth fusing
     bint cut                        # a value was multiplied by the weight 0 of a lane that does not see its key

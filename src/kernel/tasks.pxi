@@ -326,12 +326,13 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, int64_
     lay_out(t, p, one, <char*>memory)
 
     # The scale joins the exponent. Its sign goes into Q, exactly, so that the largest score has the largest exponent; where a
-    # softcap or a bias makes logits of the scores, they apply it and the exponent keeps log2 e.
+    # softcap, a bias or the caller makes logits of the scores, they apply it and the exponent keeps log2 e.
     kappa = 1.4426950408889634
+    t.separate = p.softcap > 0 or p.score_mod != NULL or p.score != FASTATTN_DOT
     if p.normalizer != FASTATTN_SOFTMAX:
-        unit = unit_of(p, p.softcap > 0 or t.bias != NULL, &sign)
+        unit = unit_of(p, t.separate or t.bias != NULL, &sign)
         kappa = kappa_of(p, unit, n_keys)
-    elif p.softcap == 0 and t.bias == NULL:
+    elif not t.separate and t.bias == NULL:
         sign = -1 if p.scale < 0 else 1
         kappa *= 0.25*p.scale*sign
         if kappa > 0.25*REAL_MAX:           # past the largest number: a power of two goes into Q as well
@@ -356,5 +357,7 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, int64_
     else:
         pack_queries(q + t.q_begin*p.query.row*v_size(p.query.kind), p.query.row, p.query.col, p.query.kind, t.n_queries,
                      t.vectors, p.D//WORD, sign, t.Qt)
+        if p.score == FASTATTN_ADDITIVE and p.w_bias != NULL:
+            add_to_queries(t)
     t.careful = False
     return True
