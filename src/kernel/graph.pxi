@@ -1,6 +1,6 @@
 # Attention along the edges of a graph: each target attends to the sources of its edges, head by head.
 #
-#     s_e = scale q · (k[source e] + edge_key_e)      or leaky(q + k), or w · leaky(q + k), see `score`   then softcap, edge_bias
+#     s_e = scale q · (k[source e] + edge_key_e)    or leaky(q + k), or w · leaky(q + k), see `score`   then softcap, edge_bias
 #     m, l, O: the online softmax over blocks of EDGES edges, of which each is summed from zero before it joins
 #     O += sum_e P_e (v[source e] + edge_value_e)
 #
