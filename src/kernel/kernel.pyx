@@ -213,7 +213,9 @@ cdef void finish(Task* t) noexcept nogil:
     if p.dropout != 0:
         for i in range(t.vectors*VL):
             t.c[i] *= <real>p.keep
-    if t.few:
+    if t.gathers:
+        gather_out(t, out)
+    elif t.few:
         few_out(t, out)
     else:
         write_out(t.Ot, t.c, t.n_queries, t.vectors, p.Dv, out + t.q_begin*p.out.row*v_size(p.out.kind), p.out.row, p.out.col,
@@ -245,7 +247,7 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
             each[i].next = &each[(i + 1) % n]
     if n > 0 and finds_threshold(p) and not find_thresholds(each, caller):
         return
-    if n == 0 or not walk(each, n, caller):
+    if n == 0 or (not each.gathers and not walk(each, n, caller)):
         return
     for i in range(n):
         each[i].next = NULL

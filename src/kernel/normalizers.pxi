@@ -7,8 +7,10 @@
 #
 # None of them needs what softmax carries from block to block, so a block is weighed and multiplied, no more. sparsemax and
 # entmax 1.5 walk over the keys once before, for the thresholds: a score can be above its row's only if it is above that of the
-# keys so far, which few are. Those are listed for each row; a full list is cut to what is above its own threshold. Rows
-# whose list stays full (nearly equal scores) take a walk for each step of Newton's method instead.
+# keys so far, which few are. Those are listed for each row; a full list is cut to what is above its own threshold. What is
+# left in the end are the weights: where every row of the block has such a list and the values are finite, the output is
+# gathered from it, which adds the same products in the same order as the second walk, but for those that are 0.
+# Rows whose list stays full (nearly equal scores) take a walk for each step of Newton's method instead.
 #
 # Slopes, g = dp/ds up to a factor that the row has in common:
 #
@@ -67,6 +69,12 @@ cdef void set_references(Task* t, double unit, int64_t n_keys) noexcept nogil:
             t.level[i] = <real>(x - t.base[i]*t.exact_kappa)
 
 
+cdef inline vf above_level(vf s, vf base, vf kappa, vf level, const bint squared) noexcept nogil:
+    cdef vf x = v_sub(v_mul(v_sub(s, base), kappa), level)
+    x = v_where_lt(x, v_zero(), v_zero(), x)        # NaN stays
+    return v_mul(x, x) if squared else x
+
+
 cdef inline void activate_tile(const bint logistic, const bint squared, const bint masked, const Task* t, real* S,
                                Py_ssize_t lane, int vectors, Py_ssize_t n, const uint64_t* seen) noexcept nogil:
     cdef vf k = v_set1(t.kappa)
@@ -86,10 +94,7 @@ cdef inline void activate_tile(const bint logistic, const bint squared, const bi
                 x = v_min(most, x)
                 x = v_div(x, v_add(one, x))
             else:
-                x = v_sub(v_mul(v_sub(x, base), k), level)
-                x = v_where_lt(x, v_zero(), v_zero(), x)        # NaN stays
-                if squared:
-                    x = v_mul(x, x)
+                x = above_level(x, base, k, level, squared)
                 if masked:
                     x = v_keep(x, seen[j] >> (lane + g*VL))
             v_store(at + j*LANES, x)
@@ -179,18 +184,20 @@ cdef void slope_gradients(const Task* t, real* P, real* dS, int vectors, Py_ssiz
 cdef void shorten(Task* t, Py_ssize_t i) noexcept nogil:
     # A full list of lane i, cut to what is above its threshold; given up if that is nearly all.
     cdef real* list = t.listed + i*LISTED
+    cdef int64_t* keys = t.listed_at + i*LISTED
     cdef Py_ssize_t n = 0
     cdef Py_ssize_t j
     t.level[i] = <real>threshold_of(list, LISTED, t.m[i], t.kappa, t.p.normalizer == FASTATTN_ENTMAX15, t.level[i])
     for j in range(LISTED):
         list[n] = list[j]
+        keys[n] = keys[j]
         n += (list[j] - t.m[i])*t.kappa > t.level[i]
     t.n_listed[i] = n
     if n > LISTED_LEFT:
         t.many |= <uint64_t>1 << i
 
 
-cdef void list_scores(Task* t, int g, const Parts* parts) noexcept nogil:
+cdef void list_scores(Task* t, int g, int64_t block, const Parts* parts) noexcept nogil:
     # the scores of a vector of lanes that are above its thresholds so far
     cdef vf k = v_set1(t.kappa)
     cdef vf m = v_load(t.m + g*VL)
@@ -209,6 +216,7 @@ cdef void list_scores(Task* t, int g, const Parts* parts) noexcept nogil:
                 i = g*VL + bits_first(bits)
                 bits &= bits - 1
                 t.listed[i*LISTED + t.n_listed[i]] = t.S[j*LANES + i]
+                t.listed_at[i*LISTED + t.n_listed[i]] = block + j
                 t.n_listed[i] += 1
                 if t.n_listed[i] == LISTED:
                     shorten(t, i)
@@ -262,7 +270,7 @@ cdef void threshold_segment(Task* t, int first, int vectors, const Operands* of,
         # relative to the new maximum; -1 where there was none, whose difference is infinite or NaN
         new = v_sub(v_load(t.level + g*VL), v_mul(v_sub(new, old), v_set1(t.kappa)))
         v_store(t.level + g*VL, v_max(new, v_set1(-1)))
-        list_scores(t, g, parts)
+        list_scores(t, g, block, parts)
 
 
 cdef bint find_thresholds(Task* t, bint caller) noexcept nogil:
@@ -307,7 +315,84 @@ cdef bint find_thresholds(Task* t, bint caller) noexcept nogil:
         if t.nan_rows >> i & 1:
             t.level[i] = NAN
     t.stage = ATTEND
+    t.gathers = ((t.many & ~<uint64_t>0 >> (64 - t.n_queries)) | t.nan_rows) == 0 and gatherable(t)
     return True
+
+
+cdef bint gatherable(const Task* t) noexcept nogil:
+    # Finite values that are read in place. 0 · NaN is NaN, which a list of weights would not see.
+    cdef const fastattn_array* a = &t.p.value
+    return (t.p.reduce == FASTATTN_OUTPUT and t.pages == NULL and a.kind == FASTATTN_REAL and a.col == 1
+            and (t.begin >= t.end or all_finite(<const real*>t.v + t.begin*a.row, a.row, t.end - t.begin, t.p.Dv)))
+
+
+cdef Py_ssize_t list_weights(Task* t, Py_ssize_t i) noexcept nogil:
+    # The list of lane i becomes its weights, those that are 0 left out; their number.
+    cdef bint squared = t.p.normalizer == FASTATTN_ENTMAX15
+    cdef real* list = t.listed + i*LISTED
+    cdef int64_t* keys = t.listed_at + i*LISTED
+    cdef uint64_t kept[4]
+    cdef vf base = v_set1(t.base[i])
+    cdef vf k = v_set1(t.kappa)
+    cdef vf level = v_set1(t.level[i])
+    cdef Py_ssize_t n = 0
+    cdef Py_ssize_t j = 0
+    while j < t.n_listed[i]:
+        v_store(list + j, above_level(v_load(list + j), base, k, level, True) if squared
+                else above_level(v_load(list + j), base, k, level, False))
+        j += VL
+    for j in range(t.n_listed[i]):
+        list[n] = list[j]
+        keys[n] = keys[j]
+        if list[j] > 0 and t.p.dropout != 0:
+            v_kept(<unsigned int>(keys[j]//4), <unsigned int>(t.q_begin + i), <unsigned int>t.h, <unsigned int>t.b, t.p.seed,
+                   t.p.dropout, 1, kept)
+            n += kept[keys[j] % 4] & 1
+        else:
+            n += list[j] > 0
+    return n
+
+
+cdef inline void gather_columns(const int nv, const Task* t, const real* P, const int64_t* keys, Py_ssize_t n, Py_ssize_t d,
+                                char* out, int64_t at, real factor) noexcept nogil:
+    # out[at + d : + nv VL] = sum of P V: a block of keys is summed from zero, as product_t does it
+    cdef const fastattn_array* a = &t.p.out
+    cdef const real* v = <const real*>t.v + d
+    cdef const real* row
+    cdef vf acc[4]
+    cdef vf sums[4]
+    cdef Py_ssize_t Dv = t.p.Dv - d
+    cdef Py_ssize_t j = 0
+    cdef int64_t block
+    cdef int u
+    for u in range(nv):
+        sums[u] = v_zero()
+    while j < n:
+        block = keys[j] - keys[j] % BLOCK
+        for u in range(nv):
+            acc[u] = v_zero()
+        while j < n and keys[j] < block + BLOCK:
+            row = v + keys[j]*t.p.value.row
+            for u in range(nv):
+                acc[u] = v_fma(v_set1(P[j]), v_load_part(row + u*VL, Dv - u*VL) if nv == 1 else v_load(row + u*VL), acc[u])
+            j += 1
+        for u in range(nv):
+            sums[u] = v_add(sums[u], acc[u])
+    for u in range(nv):
+        v_store_as(out, at + (d + u*VL)*a.col, a.col, v_mul(sums[u], v_set1(factor)), Dv - u*VL, a.kind)
+
+
+cdef void gather_out(Task* t, char* out) noexcept nogil:
+    cdef Py_ssize_t i, d, n
+    for i in range(t.n_queries):
+        n = list_weights(t, i)
+        d = 0
+        while t.p.Dv - d >= 4*VL:
+            gather_columns(4, t, t.listed + i*LISTED, t.listed_at + i*LISTED, n, d, out, lane_at(t, &t.p.out, i), t.c[i])
+            d += 4*VL
+        while d < t.p.Dv:
+            gather_columns(1, t, t.listed + i*LISTED, t.listed_at + i*LISTED, n, d, out, lane_at(t, &t.p.out, i), t.c[i])
+            d += VL
 
 
 # --- behind the last block -------------------------------------------------------------------------------------------

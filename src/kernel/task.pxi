@@ -76,7 +76,9 @@ cdef struct Task:
     real* total                     # [CHAINS][LANES] sums of the block's weights
     real* level                     # of weights that are no softmax: normalizers.pxi
     real* listed                    # [LANES][LISTED] scores that may be above a row's threshold
+    int64_t* listed_at              # and their keys
     int64_t* n_listed
+    bint gathers                    # the lists hold all that has a weight
     uint64_t many                   # lanes whose list is of no use
     real* bias_tile                 # [BLOCK][LANES]
     real* lines                     # [VL][BLOCK] rows of a bias

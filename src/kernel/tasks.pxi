@@ -225,9 +225,10 @@ cdef size_t lay_out(Task* t, const fastattn_problem* p, int64_t one, char* memor
     if not attends(p):
         at += BLOCK*VL
     t.listed = at
-    t.n_listed = <int64_t*>(at + LANES*LISTED)
+    t.listed_at = <int64_t*>(at + LANES*LISTED)
+    t.n_listed = t.listed_at + LANES*LISTED
     if finds_threshold(p):
-        at += LANES*LISTED + 2*LANES
+        at = <real*>(t.n_listed + LANES)
     t.Ob = at
     at += aligned(whole(p.Dv)*LANES)
     t.sums = at
@@ -360,4 +361,6 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, int64_
         if p.score == FASTATTN_ADDITIVE and p.w_bias != NULL:
             add_to_queries(t)
     t.careful = False
+    t.gathers = False
+    t.cut = False
     return True
