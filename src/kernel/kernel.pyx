@@ -45,6 +45,7 @@ cdef enum:
     POLL_EVERY = 8          # blocks of keys between two looks at `stop`
     LISTED = 96             # scores of a row that may be above its threshold, and how many of a full list may still be
     LISTED_LEFT = 72
+    FIRST_STEPS = 3
 
 include "products.pxi"
 include "pack.pxi"

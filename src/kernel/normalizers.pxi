@@ -226,8 +226,8 @@ cdef void list_scores(Task* t, int g, int64_t block, const Parts* parts) noexcep
             t.nan_rows |= <uint64_t>(lanes[i] != lanes[i]) << (g*VL + i)
 
 
-cdef void raise_levels(Task* t, int g, const Parts* parts) noexcept nogil:
-    # What a step of Newton's method takes of a block: total[0] += sum of the weights, total[LANES] += the slope.
+cdef void sum_above(const Task* t, int g, const Parts* parts, real* sums) noexcept nogil:
+    # What a step of Newton's method takes of a block: sums[0] += the sum of the terms, sums[LANES] += the slope.
     cdef bint squared = t.p.normalizer == FASTATTN_ENTMAX15
     cdef vf k = v_set1(t.kappa)
     cdef vf m = v_load(t.m + g*VL)
@@ -247,8 +247,32 @@ cdef void raise_levels(Task* t, int g, const Parts* parts) noexcept nogil:
             else:
                 slope = v_add(slope, v_where_lt(v_zero(), x, v_set1(1), v_zero()))
                 total = v_add(total, x)
-    v_store(t.total + g*VL, v_add(v_load(t.total + g*VL), total))
-    v_store(t.total + LANES + g*VL, v_add(v_load(t.total + LANES + g*VL), slope))
+    v_store(sums, v_add(v_load(sums), total))
+    v_store(sums + LANES, v_add(v_load(sums + LANES), slope))
+
+
+cdef void first_levels(Task* t, int g, const Parts* parts) noexcept nogil:
+    # Lanes whose first block this is: a level not far below the threshold of the block alone keeps their lists short. FIRST_STEPS
+    # of Newton's method, and a margin for their rounding.
+    cdef real* sums = t.total + g*VL
+    cdef vf old = v_load(t.level + g*VL)
+    cdef vf factor = v_set1(<real>0.5 if t.p.normalizer == FASTATTN_ENTMAX15 else 1)
+    cdef vf x
+    cdef uint64_t lanes = 0
+    cdef Py_ssize_t i
+    for i in range(VL):
+        lanes |= <uint64_t>(t.n_listed[g*VL + i] == 0) << i
+    if lanes == 0:
+        return
+    for i in range(FIRST_STEPS):
+        v_store(sums, v_zero())
+        v_store(sums + LANES, v_zero())
+        sum_above(t, g, parts, sums)
+        x = v_mul(v_div(v_sub(v_load(sums), v_set1(1)), v_load(sums + LANES)), factor)
+        x = v_max(v_add(v_load(t.level + g*VL), x), v_load(t.level + g*VL))         # NaN where nothing is seen
+        v_store(t.level + g*VL, x)
+    x = v_max(v_sub(x, v_set1(<real>0.0009765625)), old)
+    v_store(t.level + g*VL, v_select(lanes, x, old))
 
 
 cdef void threshold_segment(Task* t, int first, int vectors, const Operands* of, int64_t block, const Parts* parts,
@@ -261,7 +285,7 @@ cdef void threshold_segment(Task* t, int first, int vectors, const Operands* of,
         logits(t, first, vectors, of, block, parts.begin[part], parts.end[part] - parts.begin[part], masked)
     for g in range(first, first + vectors):
         if t.stage == RAISE:
-            raise_levels(t, g, parts)
+            sum_above(t, g, parts, t.total + g*VL)
             continue
         maximum(1, t.S + g*VL, parts, t.before + g*VL)
         old = v_load(t.m + g*VL)
@@ -270,6 +294,7 @@ cdef void threshold_segment(Task* t, int first, int vectors, const Operands* of,
         # relative to the new maximum; -1 where there was none, whose difference is infinite or NaN
         new = v_sub(v_load(t.level + g*VL), v_mul(v_sub(new, old), v_set1(t.kappa)))
         v_store(t.level + g*VL, v_max(new, v_set1(-1)))
+        first_levels(t, g, parts)
         list_scores(t, g, block, parts)
 
 
