@@ -198,6 +198,27 @@ def test_long_rows(dtype, monkeypatch):
         assert abs(x - y).max() <= (2e-5 if dtype == F32 else 1e-13) * max(1, abs(y).max())
 
 
+@both_dtypes
+@pytest.mark.parametrize("D, Dv", [(32, 32), (64, 64), (17, 70), (0, 1), (1, 3)], ids=str)
+def test_targets_with_the_same_sources(D, Dv, dtype):
+    """Cliques, whose targets share their loads: the bits of a row are those it has alone."""
+    rng = generator(0, 8, D, Dv)
+    sizes = [3, 8, 9, 65, 66, 2, 131, 13]
+    n = sum(sizes)
+    row = np.concatenate([np.repeat(np.arange(size), size) for size in sizes])
+    start = np.repeat(np.cumsum(sizes) - sizes, np.square(sizes))
+    col = np.concatenate([np.tile(rng.permutation(size), size) for size in sizes]) + start
+    edges = sp.csr_array((np.ones(len(row)), col, np.searchsorted(row + start, np.arange(n + 1))), shape=(n, n))
+    q, k, v = arrays(rng, dtype, (n, 4, D), (n, 2, D), (n, 2, Dv))
+    sinks, = arrays(rng, dtype, 4)
+    for options in ({}, {"sinks": sinks, "softcap": 1.5}, {"normalizer": "sigmoid"}, {"normalizer": "relu"}):
+        results = fa.graph_attention(q, k, v, edges, return_lse=True, **options)
+        for i in range(n):
+            alone = fa.graph_attention(q[i : i + 1], k, v, edges[i : i + 1], return_lse=True, **options)
+            for x, y in zip(results, alone):
+                assert_same_bits(x[i : i + 1], y, {"options": options, "row": i})
+
+
 def test_rows_do_not_depend_on_others():
     """Nor on the storage: the bits of a row are those it has alone."""
     rng = generator(0, 4)
@@ -224,23 +245,25 @@ def differences(loss, x, i, step=1e-4):
     return (-y[0] + 8 * y[1] - 8 * y[2] + y[3]) / (12 * step)
 
 
-def check_gradients(rng, forward, backward, inputs, options, edges, names):
+def check_gradients(rng, forward, backward, inputs, options, edges, names, step=1e-4):
     """Every input's gradient, and those of the options in `names`, against fourth-order differences in float64."""
     out, lse = forward(**inputs, graph=edges, return_lse=True, **options)
-    g, of_lse = rng.standard_normal(out.shape), rng.standard_normal(lse.shape)
+    g, of_lse = rng.standard_normal(out.shape), None
+    if options.get("normalizer", "softmax") in ("softmax", "softmax1"):
+        of_lse = rng.standard_normal(lse.shape)
     gradients = backward(g, out=out, lse=lse, graph=edges, grad_lse=of_lse, **inputs, **options)
 
     def loss(name, x):
         out, lse = forward(graph=edges, return_lse=True, **inputs | options | {name: x})
         seen = lse > -np.inf
-        return float((out * g).sum() + lse[seen] @ of_lse[seen])
+        return float((out * g).sum() + (0 if of_lse is None else lse[seen] @ of_lse[seen]))
 
     for name in (*inputs, *names):
         x, gradient = (inputs | options)[name], getattr(gradients, name)
         assert gradient.shape == x.shape and gradient.dtype == x.dtype
         for i in rng.integers(0, x.size, 3):
             if np.isfinite(x.flat[i]):
-                expected = differences(lambda y, name=name: loss(name, y), x, i)
+                expected = differences(lambda y, name=name: loss(name, y), x, i, step)
                 assert abs(gradient.flat[i] - expected) <= 1e-7, (fa.isa(), name)
             else:
                 assert gradient.flat[i] == 0

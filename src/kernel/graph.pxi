@@ -32,13 +32,13 @@ cdef struct Edges:
     real G[EDGES]                   # what the weights change with their scores
     real dP[EDGES]
     real keep[EDGES]
-    real* q                         # [TWINS][D'] queries of the targets
+    real* q                         # [heads][twins][D'] queries: of all heads of a target, or of twins
     real* w                         # [D'] the head's weight of features
     real* g                         # [Dv'] its grad_out
-    real* O                         # [TWINS][max(D', Dv')]
+    real* O                         # [heads][twins][max(D', Dv')]
     real* Ob                        # [max(D', Dv')] of one block
-    real* m                         # [H][TWINS]
-    double* l                       # [H][TWINS]; thresholds where there are any
+    real* m                         # [heads][twins]
+    double* l                       # [heads][twins]; edges that count, or thresholds
     real* scores                    # [H][longest] of a target, for its thresholds
 
 
@@ -282,30 +282,38 @@ cdef inline void twin_values(const int n, Edges* t, const real* c) noexcept nogi
         d += VL
 
 
-cdef int twins_of(const fastattn_graph* p, int64_t i, int64_t stop) noexcept nogil:
-    # How many of the targets i .. stop - 1 are done at once. Only what many cliques and full graphs have is: rows of real
-    # numbers, and nothing that belongs to edges.
+cdef int64_t alike(const fastattn_graph* p, int64_t i, int64_t stop) noexcept nogil:
+    # How many of the targets i .. stop - 1 have the first one's sources. Only in what full graphs and cliques have is it looked
+    # for: rows of real numbers, and nothing that belongs to edges.
     cdef int64_t size = p.end[i] - p.begin[i]
     cdef int64_t width = 8 if p.wide else 4
     cdef const char* source = <const char*>p.source
-    cdef int n = 1
+    cdef int64_t n = 1
     if size < ALIKE or p.score != FASTATTN_DOT or p.key.col != 1 or p.value.col != 1 or p.edge_bias.data != NULL \
             or p.edge_key.data != NULL or p.edge_value.data != NULL or p.dropout != 0 \
             or (sizeof(real) == 4 and (p.key.kind != FASTATTN_REAL or p.value.kind != FASTATTN_REAL)):
         return 1
-    while n < TWINS and i + n < stop and p.end[i + n] - p.begin[i + n] == size \
+    while i + n < stop and p.end[i + n] - p.begin[i + n] == size \
             and memcmp(source + p.begin[i]*width, source + p.begin[i + n]*width, size*width) == 0:
         n += 1
-    return TWINS if n == TWINS else min(n, 2)
+    return n
 
 
 cdef inline real largest(const real* S, Py_ssize_t n) noexcept nogil:
     # NaN is passed over: the exponential keeps it
-    cdef real m = -INFINITY
-    cdef Py_ssize_t i
-    for i in range(n):
-        m = S[i] if S[i] > m else m
-    return m
+    cdef real lanes[VL]
+    cdef vf most = v_set1(-INFINITY)
+    cdef Py_ssize_t i = 0
+    while i + VL <= n:
+        most = v_max(v_load(S + i), most)
+        i += VL
+    v_store(lanes, most)
+    while i < n:
+        lanes[i % VL] = S[i] if S[i] > lanes[i % VL] else lanes[i % VL]
+        i += 1
+    for i in range(1, VL):
+        lanes[0] = lanes[i] if lanes[i] > lanes[0] else lanes[0]
+    return lanes[0]
 
 
 cdef real weigh_edges(real* S, Py_ssize_t n, real m) noexcept nogil:
@@ -410,7 +418,7 @@ cdef void weigh_alone(const fastattn_graph* p, real* S, real* G, Py_ssize_t n, r
     cdef vf k = v_set1(<real>1.4426950408889634074)
     cdef vf b = v_set1(<real>(p.offset if p.offset == p.offset else -log(count)))
     cdef vf edges = v_set1(<real>count)
-    cdef vf kappa = v_set1(REAL_HALF if p.normalizer == FASTATTN_GRAPH_ENTMAX15 else 1)
+    cdef vf kappa = v_set1(<real>(0.5 if p.normalizer == FASTATTN_GRAPH_ENTMAX15 else 1.0))
     cdef vf base = v_set1(m)
     cdef vf threshold = v_set1(level if level != -INFINITY else INFINITY)
     cdef vf zero = v_zero()
@@ -455,16 +463,16 @@ cdef double count_of(Edges* t, int64_t begin, int64_t end, int64_t row, int64_t 
     return <double>n
 
 
-cdef inline void take_head(Edges* t, int64_t h, int64_t begin, int64_t end) noexcept nogil:
-    # One block and head after the other: heads share the list of edges unless a bias leaves some out.
+cdef inline void take_head(Edges* t, int64_t h, bint first, int64_t begin, int64_t end) noexcept nogil:
+    # The heads of a block share the list of its edges, unless a bias leaves some out.
     t.h = h
     t.h_kv = h//(t.p.H//t.p.Hkv)
-    if h == 0 or t.p.edge_bias.data != NULL:
+    if first or t.p.edge_bias.data != NULL:
         gather_edges(t, begin, end)
 
 
-cdef void attend_rows(Edges* t, int64_t first, const int n) noexcept nogil:
-    # Target `first`, or n of them with the same sources. All heads take a block of edges before the next one.
+cdef void attend_rows(Edges* t, int64_t first, const int n, int64_t h_begin, int64_t h_end) noexcept nogil:
+    # Target `first`, or n of them with the same sources. All of the heads take a block of edges before the next one.
     cdef const fastattn_graph* p = t.p
     cdef real* q = t.q
     cdef real* O = t.O
@@ -478,21 +486,21 @@ cdef void attend_rows(Edges* t, int64_t first, const int n) noexcept nogil:
     cdef real c[TWINS]
     cdef bint by_softmax = p.normalizer == FASTATTN_GRAPH_SOFTMAX
     cdef int r
-    for h in range(p.H):
+    for h in range(h_begin, h_end):
         for r in range(n):
-            at = h*n + r
+            at = (h - h_begin)*n + r
             unpack(&p.query, row_of(p, first + r), h, p.D, q + at*ldq)
             t.m[at] = -INFINITY
             t.l[at] = 0 if by_softmax else count_of(t, begin, end, first, h)
-    memset(O, 0, n*p.H*ldo*sizeof(real))
+    memset(O, 0, n*(h_end - h_begin)*ldo*sizeof(real))
     while begin < end:
         stop = min(end, begin + EDGES)
-        for h in range(p.H):
-            take_head(t, h, begin, stop)
+        for h in range(h_begin, h_end):
+            take_head(t, h, h == h_begin, begin, stop)
             if t.n == 0:
                 continue
-            t.q = q + h*n*ldq
-            t.O = O + h*n*ldo
+            t.q = q + (h - h_begin)*n*ldq
+            t.O = O + (h - h_begin)*n*ldo
             if n > 1:
                 twin_scores(t, n)
             else:
@@ -501,7 +509,7 @@ cdef void attend_rows(Edges* t, int64_t first, const int n) noexcept nogil:
                 edge_scores(t)
             for r in range(n):
                 S = t.S + r*EDGES
-                at = h*n + r
+                at = (h - h_begin)*n + r
                 c[r] = 1
                 if not by_softmax:
                     weigh_alone(p, S, NULL, t.n, 0, 0, t.l[at])
@@ -520,10 +528,10 @@ cdef void attend_rows(Edges* t, int64_t first, const int n) noexcept nogil:
                     drop_edges(t)
                 add_edges(t, t.S, &p.value, &p.edge_value, t.v_at, p.Dv, c[0])
         begin = stop
-    for h in range(p.H):
+    for h in range(h_begin, h_end):
         sink = (<const real*>p.sinks)[h] if p.sinks != NULL else -INFINITY
         for r in range(n):
-            at = h*n + r
+            at = (h - h_begin)*n + r
             if sink != -INFINITY:
                 if sink > t.m[at]:
                     c[0] = <real>exp(<double>t.m[at] - sink) if t.m[at] != -INFINITY else 0
@@ -562,7 +570,7 @@ cdef void score_row(Edges* t, int64_t row, real* to, Py_ssize_t ld) noexcept nog
     while begin < end:
         stop = min(end, begin + EDGES)
         for h in range(p.H):
-            take_head(t, h, begin, stop)
+            take_head(t, h, h == 0, begin, stop)
             t.q = q + h*ldq
             if t.n > 0:
                 if p.score != FASTATTN_DOT:
@@ -588,7 +596,7 @@ cdef void level_of(const fastattn_graph* p, const real* S, Py_ssize_t n, real* m
     if bad or m[0] == INFINITY:
         m[0] = NAN
     elif m[0] != -INFINITY:
-        level[0] = threshold_of(S, n, m[0], REAL_HALF if squared else 1, squared, -1)
+        level[0] = threshold_of(S, n, m[0], <real>(0.5 if squared else 1.0), squared, -1)
 
 
 cdef void attend_sparsely(Edges* t, int64_t row) noexcept nogil:
@@ -617,7 +625,7 @@ cdef void attend_sparsely(Edges* t, int64_t row) noexcept nogil:
     while begin < end:
         stop = min(end, begin + EDGES)
         for h in range(p.H):
-            take_head(t, h, begin, stop)
+            take_head(t, h, h == 0, begin, stop)
             if t.n > 0 and t.m[h] != -INFINITY:
                 memcpy(t.S, scores + h*ld + begin - p.begin[row], t.n*sizeof(real))
                 weigh_alone(p, t.S, NULL, t.n, t.m[h], <real>t.l[h], 0)
@@ -809,13 +817,13 @@ cdef size_t lay_out_edges(Edges* t, const fastattn_graph* p, char* memory) noexc
     cdef Py_ssize_t wide = max(whole(p.D), whole(p.Dv))
     cdef real* at = <real*>(memory + (sizeof(Edges) + 63)//64*64)
     t.q = at
-    t.w = t.q + TWINS*p.H*whole(p.D)
+    t.w = t.q + max(TWINS, p.H)*whole(p.D)
     t.g = t.w + whole(p.D)
     t.Ob = t.g + whole(p.Dv)
     t.O = t.Ob + wide
-    t.l = <double*>(t.O + TWINS*p.H*wide)
-    t.m = <real*>(t.l + TWINS*p.H)
-    t.scores = t.m + TWINS*p.H
+    t.l = <double*>(t.O + max(TWINS, p.H)*wide)
+    t.m = <real*>(t.l + max(TWINS, p.H))
+    t.scores = t.m + max(TWINS, p.H)
     if is_sparse(p) and p.mode == FASTATTN_GRAPH_OUTPUT and p.scores == NULL:
         return <char*>(t.scores + p.H*p.longest) - memory
     return <char*>t.scores - memory
@@ -836,15 +844,26 @@ cdef void find_levels(const fastattn_graph* p, int64_t task) noexcept nogil:
 
 
 cdef void attend_task(Edges* t, int64_t i, int64_t stop) noexcept nogil:
+    # Targets with the same sources go head by head: keys and values of one are found in the cache again.
+    cdef int64_t end, h, row
     cdef int n
     while i < stop:
-        n = 1
         if is_sparse(t.p):
             attend_sparsely(t, i)
-        else:
-            n = twins_of(t.p, i, stop)
-            attend_rows(t, i, n)
-        i += n
+            i += 1
+            continue
+        end = i + alike(t.p, i, stop)
+        if end == i + 1:
+            attend_rows(t, i, 1, 0, t.p.H)
+            i += 1
+            continue
+        for h in range(t.p.H):
+            row = i
+            while row < end:
+                n = TWINS if end - row >= TWINS else 2 if end - row >= 2 else 1
+                attend_rows(t, row, n, h, h + 1)
+                row += n
+        i = end
 
 
 cdef void run_graph(const fastattn_graph* p, int64_t task, void* memory) noexcept nogil:
