@@ -240,6 +240,16 @@ TRAINING_OVER_TORCH = 2.0  # attention's part of training
 MODEL_LENGTHS = (512, 1024)
 MODEL_TOLERANCE = 5e-6  # of the largest value of the output
 
+# Attention along the edges of a graph, against the layers of PyTorch Geometric: forward; forward and backward.
+GRAPH = 100_000, 1_000_000, 4, 32  # nodes, edges, heads, head size
+SHORT_GRAPH = 500, 5_000, 2, 16
+GRAPH_KINDS = ("random", "power law")
+GRAPH_LAYERS = ("dot products", "GAT", "GATv2")
+GRAPH_OVER_PEER = 5.0, 3.0
+GRAPH_TOLERANCE = 1e-5  # of the largest value
+FULL_GRAPHS = (512, 8, 64), (512, 4, 32), (512, 1, 64)  # rows, heads, head size
+FULL_OVER_DENSE = 6.0
+
 # The short run: the same code on small problems, for CI. 1, primes, a tile and one more, odd head sizes.
 SHORT_SHAPES = (
     (1, 1, 1, 1), (1, 1, 8, 16), (2, 3, 13, 7), (1, 2, 64, 64), (1, 2, 65, 128), (3, 2, 50, 64),
