@@ -551,7 +551,7 @@ def _backward(grad_out, query, key, value, out, lse, graph, *, edge_bias, edge_k
 def _outer(call, weights, rows):
     """weights (E, H) times rows (E, H, columns), summed over the query heads of each key head."""
     full = weights[..., None] * rows
-    return full.reshape(len(full), call.Hkv, -1, full.shape[-1]).sum(axis=2)
+    return full.reshape(len(full), call.Hkv, call.H // max(1, call.Hkv), full.shape[-1]).sum(axis=2)
 
 
 def _of_edges(full, given):

@@ -341,6 +341,9 @@ def test_nothing(shape):
     assert out.shape == (T, 2, 5) and not out.any() and (lse == -np.inf).all()
     gradients = fa.graph_attention_backward(out, q, k, v, out, lse, empty)
     assert [x.shape for x in gradients[:3]] == [q.shape, k.shape, v.shape] and not any(x.any() for x in gradients[:3])
+    features = {"edge_bias": np.ones((0, 2)), "edge_key": np.ones((0, 2, 4)), "edge_value": np.ones((0, 5))}
+    gradients = fa.graph_attention_backward(out, q, k, v, out, lse, empty, **features)
+    assert all(getattr(gradients, name).shape == x.shape for name, x in features.items())
 
 
 def test_errors():
