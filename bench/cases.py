@@ -246,7 +246,8 @@ SHORT_GRAPH = 500, 5_000, 2, 16
 GRAPH_KINDS = ("random", "power law")
 GRAPH_LAYERS = ("dot products", "GAT", "GATv2")
 GRAPH_OVER_PEER = 5.0, 3.0
-GRAPH_TOLERANCE = 1e-5  # of the largest value
+GRAPH_TOLERANCE = 1e-4  # of the largest value: the peer adds the edges of a hub one by one in float32
+FULL_TOLERANCE = 1e-5  # against dense attention, or the reference
 FULL_GRAPHS = (512, 8, 64), (512, 4, 32), (512, 1, 64)  # rows, heads, head size
 FULL_OVER_DENSE = 6.0
 

@@ -543,7 +543,7 @@ def _backward(grad_out, query, key, value, out, lse, graph, *, edge_bias, edge_k
             rows = _outer(call, call.grad_scores, call.query[at])
         else:
             inner = call.query[at] + call.key[graph.sources()] + call.edge_key
-            rows = call.grad_scores[..., None] * call.w[0] * np.where(inner < 0, inner.dtype.type(call.slope), 1)
+            rows = call.grad_scores[..., None] * call.w[0] * np.where(inner > 0, 1, inner.dtype.type(call.slope))
         of_edges["edge_key"] = _of_edges(rows, edge_key)
     return gradient.gradients(p, query, key, value, None, sinks), of_w, of_edges
 

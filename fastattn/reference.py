@@ -311,7 +311,7 @@ def run_graph(call, dtype=None):
                         x = x * inside
                     else:
                         inside = inside + call.query[target, h_kv].astype(dtype)
-                        x = x * call.w[0, h].astype(dtype) * np.where(inside < 0, call.slope, 1)
+                        x = x * call.w[0, h].astype(dtype) * np.where(inside > 0, 1, call.slope)
                     out = out + total(x)
                 call.out[:, h_kv] = out
             return
@@ -351,7 +351,7 @@ def run_graph(call, dtype=None):
                 if w is None:
                     call.grad_query[:, h] = total(ds[:, None] * k)
                 else:
-                    call.grad_query[:, h] = total(ds[:, None] * w * np.where(q + k < 0, call.slope, 1))
+                    call.grad_query[:, h] = total(ds[:, None] * w * np.where(q + k > 0, 1, call.slope))
                     if call.grad_w is not None:
                         call.grad_w[0, h, : call.D] = (ds[:, None] * leaky(q + k)).sum(axis=0)
                 continue

@@ -297,6 +297,25 @@ def test_gradients(seed, layout):
         check_gradients(rng, fa.gatv2_attention, fa.gatv2_attention_backward, inputs, options, edges, list(options))
 
 
+def test_slope_at_zero():
+    """Where source + target is exactly 0, LeakyReLU has the slope below it."""
+    source, target, value = np.array([[-2.0], [1.0]]), np.array([[2.0]]), np.array([[[1.0]], [[3.0]]])
+    edges, grad_out = sp.csr_array([[1, 1]]), np.ones((1, 1, 1))
+    for module in (fa, fa.reference):
+        out, lse = module.gat_attention(source, target, value, edges, return_lse=True)
+        of = module.gat_attention_backward(grad_out, source, target, value, out, lse, edges)
+        p = 1 / (1 + np.exp(3.0))
+        np.testing.assert_allclose(of.source[:, 0], 2 * p * (1 - p) * np.array([-0.2, 1]), rtol=1e-14)
+        np.testing.assert_allclose(of.target[0, 0], 2 * p * (1 - p) * 0.8, rtol=1e-14)
+        features = np.zeros((2, 1, 1))
+        options = {"edge_features": features, "value": value}
+        weight = np.ones((1, 1))
+        out, lse = module.gatv2_attention(source[..., None], target[..., None], weight, edges, return_lse=True, **options)
+        of = module.gatv2_attention_backward(grad_out, source[..., None], target[..., None], weight, out, lse, edges,
+                                             **options)
+        np.testing.assert_allclose(of.edge_features[:, 0, 0], 2 * p * (1 - p) * np.array([-0.2, 1]), rtol=1e-14)
+
+
 @both_dtypes
 def test_gradients_on_a_full_graph_are_those_of_attention(dtype):
     rng = generator(0, 6)

@@ -672,7 +672,8 @@ cdef void drop_edges(Edges* t) noexcept nogil:
 
 cdef void add_slopes(Edges* t, const real* dS, const fastattn_array* a, const fastattn_array* feature, real* own_grad,
                      real* w_grad) noexcept nogil:
-    # Of s = w · leaky(own + x_e): own_grad += sum_e dS_e w leaky'(own + x_e), and w_grad += sum_e dS_e leaky(own + x_e)
+    # Of s = w · leaky(own + x_e): own_grad += sum_e dS_e w leaky'(own + x_e), and w_grad += sum_e dS_e leaky(own + x_e). The
+    # slope at 0 is that below it, as in torch.
     cdef const fastattn_graph* p = t.p
     cdef vf slope = v_set1(<real>p.slope)
     cdef vf one = v_set1(1)
@@ -688,7 +689,7 @@ cdef void add_slopes(Edges* t, const real* dS, const fastattn_array* a, const fa
                 x = v_add(x, load_row(node(feature, t.at[e], t.h_kv), d*feature.col, feature.col, p.D - d, feature.kind))
             x = v_add(v_load(t.q + d), x)
             ds = v_set1(dS[e])
-            of_own = v_fma(ds, v_where_lt(x, v_zero(), slope, one), of_own)
+            of_own = v_fma(ds, v_where_lt(v_zero(), x, one, slope), of_own)
             of_w = v_fma(ds, leaky(x, slope), of_w)
         v_store(own_grad + d, v_fma(of_own, v_load(t.w + d), v_load(own_grad + d)))
         if w_grad != NULL:
