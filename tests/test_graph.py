@@ -310,9 +310,9 @@ def test_slope_at_zero():
         features = np.zeros((2, 1, 1))
         options = {"edge_features": features, "value": value}
         weight = np.ones((1, 1))
-        out, lse = module.gatv2_attention(source[..., None], target[..., None], weight, edges, return_lse=True, **options)
-        of = module.gatv2_attention_backward(grad_out, source[..., None], target[..., None], weight, out, lse, edges,
-                                             **options)
+        rows = source[..., None], target[..., None]
+        out, lse = module.gatv2_attention(*rows, weight, edges, return_lse=True, **options)
+        of = module.gatv2_attention_backward(grad_out, *rows, weight, out, lse, edges, **options)
         np.testing.assert_allclose(of.edge_features[:, 0, 0], 2 * p * (1 - p) * np.array([-0.2, 1]), rtol=1e-14)
 
 
