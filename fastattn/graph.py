@@ -364,7 +364,8 @@ def graph_attention(query, key, value, graph, *, edge_bias=None, edge_key=None, 
     Raises
     ------
     TypeError, ValueError, MemoryError
-        As `attention`; for a graph of another shape or with indices out of range, edge arrays that do not fit.
+        As `attention`; for a graph of another shape or with indices out of range, edge arrays that do not fit, sinks
+        with a normalizer that has no place for them.
 
     Notes
     -----
@@ -383,9 +384,15 @@ def graph_attention(query, key, value, graph, *, edge_bias=None, edge_key=None, 
     >>> import numpy as np, scipy.sparse
     >>> import fastattn as fa
     >>> query, key, value = np.zeros((2, 1, 4)), np.zeros((3, 1, 4)), np.array([[[1.0]], [[3.0]], [[5.0]]])
-    >>> fa.graph_attention(query, key, value, scipy.sparse.csr_array([[1, 1, 0], [0, 0, 0]]))[:, 0]
+    >>> graph = fa.Graph(scipy.sparse.csr_array([[1, 1, 0], [0, 0, 0]]))
+    >>> fa.graph_attention(query, key, value, graph)[:, 0]
     array([[2.],
            [0.]])
+
+    Scores 0 and 0.5, and weights 1/4 and 3/4:
+
+    >>> fa.graph_attention(query, key, value, graph, edge_bias=np.array([0.0, 0.5]), normalizer="sparsemax")[0, 0]
+    array([2.5])
     """
     return _forward(query, key, value, graph, edge_bias=edge_bias, edge_key=edge_key, edge_value=edge_value,
                     scale=scale, softcap=softcap, sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed,
@@ -587,7 +594,8 @@ def graph_attention_backward(grad_out, query, key, value, out, lse, graph, *, gr
     Raises
     ------
     TypeError, ValueError, MemoryError
-        As `graph_attention`, and for grad_out, out, lse or grad_lse of another dtype or shape.
+        As `graph_attention`, and for grad_out, out, lse or grad_lse of another dtype or shape; for grad_lse with a
+        normalizer that has no log-sum-exp.
 
     Notes
     -----
