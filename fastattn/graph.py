@@ -675,7 +675,7 @@ def gat_attention_backward(grad_out, source, target, value, out, lse, graph, *, 
     --------
     >>> import numpy as np, scipy.sparse
     >>> import fastattn as fa
-    >>> source, target, value = np.zeros((2, 1)), np.zeros((1, 1)), np.array([[[1.0]], [[3.0]]])
+    >>> source, target, value = np.zeros((2, 1)), np.ones((1, 1)), np.array([[[1.0]], [[3.0]]])
     >>> graph = fa.Graph(scipy.sparse.csr_array([[1, 1]]))
     >>> out, lse = fa.gat_attention(source, target, value, graph, return_lse=True)
     >>> fa.gat_attention_backward(np.ones((1, 1, 1)), source, target, value, out, lse, graph).source[:, 0]
