@@ -1,5 +1,7 @@
 """Attention along edges: against the papers' definitions, the reference and dense attention, and its gradients."""
 
+import doctest
+
 import numpy as np
 import pytest
 from cases import UNIT_ROUNDOFF, generator
@@ -394,3 +396,8 @@ def test_errors():
     with pytest.raises(ValueError, match="grad_out must have shape"):
         fa.graph_attention_backward(q[:1], q, k, v, q, np.ones((2, 1)), right)
     assert checks.FLOAT32 == F32
+
+
+def test_docstrings():
+    failed, attempted = doctest.testmod(graph)
+    assert attempted and not failed

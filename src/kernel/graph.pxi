@@ -416,7 +416,7 @@ cdef void weigh_alone(const fastattn_graph* p, real* S, real* G, Py_ssize_t n, r
     # Of normalizers but softmax: P in the place of S, and in G what it changes with S, but for what the row has in common.
     # level: the threshold from m, infinite for a row without any score; count: edges of the target.
     cdef vf k = v_set1(<real>1.4426950408889634074)
-    cdef vf b = v_set1(<real>(p.offset if p.offset == p.offset else -log(count)))
+    cdef vf b = v_set1(<real>(p.offset if p.offset == p.offset else -log(count) if count > 0 else 0.0))
     cdef vf edges = v_set1(<real>count)
     cdef vf kappa = v_set1(<real>(0.5 if p.normalizer == FASTATTN_GRAPH_ENTMAX15 else 1.0))
     cdef vf base = v_set1(m)
@@ -491,7 +491,7 @@ cdef void attend_rows(Edges* t, int64_t first, const int n, int64_t h_begin, int
             at = (h - h_begin)*n + r
             unpack(&p.query, row_of(p, first + r), h, p.D, q + at*ldq)
             t.m[at] = -INFINITY
-            t.l[at] = 0 if by_softmax else count_of(t, begin, end, first, h)
+            t.l[at] = 0 if by_softmax else count_of(t, begin, end, first + r, h)
     memset(O, 0, n*(h_end - h_begin)*ldo*sizeof(real))
     while begin < end:
         stop = min(end, begin + EDGES)
