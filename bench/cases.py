@@ -251,6 +251,14 @@ FULL_TOLERANCE = 1e-5  # against dense attention, or the reference
 FULL_GRAPHS = (512, 8, 64), (512, 4, 32), (512, 1, 64)  # rows, heads, head size
 FULL_OVER_DENSE = 6.0
 
+# Other normalizers and scores.
+NORMALIZER_ROWS = [Row(1, 8, 2048, 64, causal) for causal in BOTH] + [Row(8, 8, 512, 64)]
+NORMALIZER_OVER_SOFTMAX = {"softmax1": 1.1, "sigmoid": 1.1, "relu": 1.1, "sparsemax": 3.0, "entmax15": 3.0}
+SPARSE_OVER_ENTMAX = 3.0
+ADDITIVE = (4, 128, 128, 128), (1, 1024, 1024, 256)  # (B, L, S, D)
+ADDITIVE_OVER_PEER = 3.0
+CHANGED = Row(1, 8, 2048, 64)
+
 # The short run: the same code on small problems, for CI. 1, primes, a tile and one more, odd head sizes.
 SHORT_SHAPES = (
     (1, 1, 1, 1), (1, 1, 8, 16), (2, 3, 13, 7), (1, 2, 64, 64), (1, 2, 65, 128), (3, 2, 50, 64),

@@ -12,48 +12,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import cases
 import numpy as np
+import scores
+from lines import NONE, PASS, SHORT, WRONG, Line, at_least, at_most, not_measured, wrong
 
 import fastattn as fa
 from fastattn import _runtime, bench
 
 HERE = Path(__file__).parent
-PASS, SHORT, WRONG, NONE = "PASS", "short", "WRONG", "not measured"
-
-
-@dataclass
-class Line:
-    """One line of the speed table. ``value`` is what ``limit`` is compared with."""
-
-    what: str
-    must: str
-    measured: str
-    verdict: str
-    value: float | None = None
-    limit: float | None = None
-
-
-def at_least(what, limit, value, unit="", note=""):
-    verdict = PASS if value >= limit else SHORT
-    return Line(what, f"≥ {limit:.4g}{unit}", f"{value:.4g}{unit}{note}", verdict, value, limit)
-
-
-def at_most(what, limit, value, unit="", note=""):
-    verdict = PASS if value <= limit else SHORT
-    return Line(what, f"≤ {limit:.4g}{unit}", f"{value:.4g}{unit}{note}", verdict, value, limit)
-
-
-def not_measured(what, must, reason):
-    return Line(what, must, reason, NONE)
-
-
-def wrong(what, worst):
-    return Line(what, "a right result", f"largest error {worst:.2g} of the largest value", WRONG)
 
 
 class Run:
@@ -904,10 +875,11 @@ def short(run):
 
 
 CHECKS = [grid, long, options, window_peers, packed, compiling, weights, float64, decode, small_decode, paged, latent,
-          half_grid, half, cliff, append, gradient_grid, gradient_options, graph, training,
-          pretrained, tiny, forced, threads, after_matmul, scratch,
+          half_grid, half, cliff, append, gradient_grid, gradient_options, graph, training, pretrained,
+          scores.normalizers, scores.additive, scores.changed, tiny, forced, threads, after_matmul, scratch,
           imports, wheel]
-SHORT_CHECKS = [short, options, decode, gradient_grid, graph, scratch, imports]
+SHORT_CHECKS = [short, options, decode, gradient_grid, graph, scores.normalizers, scores.additive, scratch,
+                imports]
 
 
 def python(command, folder, **environment):

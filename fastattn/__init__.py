@@ -19,6 +19,7 @@ from ._runtime import (
     show_config,
     threads,
 )
+from .additive import additive_attention, additive_attention_backward
 from .attention import attention, attention_weights, varlen_attention
 from .bias import ALiBi, RelativeBias
 from .cache import KVCache
@@ -33,11 +34,12 @@ from .graph import (
     graph_attention_backward,
 )
 from .merge import merge_states
+from .score import ScoreMod
 
 __version__ = _config()["fastattn"]
 
-__all__ = ["ALiBi", "Graph", "KVCache", "RelativeBias", "attention", "attention_backward", "attention_weights",
-           "gat_attention", "gat_attention_backward", "gatv2_attention", "gatv2_attention_backward",
-           "get_include", "get_num_threads", "graph_attention", "graph_attention_backward", "isa", "masks",
-           "merge_states", "positions", "reference", "set_num_threads", "show_config", "threads",
-           "varlen_attention", "varlen_attention_backward"]
+__all__ = ["ALiBi", "Graph", "KVCache", "RelativeBias", "ScoreMod", "additive_attention",
+           "additive_attention_backward", "attention", "attention_backward", "attention_weights", "gat_attention",
+           "gat_attention_backward", "gatv2_attention", "gatv2_attention_backward", "get_include", "get_num_threads",
+           "graph_attention", "graph_attention_backward", "isa", "masks", "merge_states", "positions", "reference",
+           "set_num_threads", "show_config", "threads", "varlen_attention", "varlen_attention_backward"]

@@ -4,6 +4,8 @@ from typing import SupportsIndex
 from . import masks as masks
 from . import positions as positions
 from . import reference as reference
+from .additive import additive_attention as additive_attention
+from .additive import additive_attention_backward as additive_attention_backward
 from .attention import attention as attention
 from .attention import attention_weights as attention_weights
 from .attention import varlen_attention as varlen_attention
@@ -20,12 +22,13 @@ from .graph import gatv2_attention_backward as gatv2_attention_backward
 from .graph import graph_attention as graph_attention
 from .graph import graph_attention_backward as graph_attention_backward
 from .merge import merge_states as merge_states
+from .score import ScoreMod as ScoreMod
 
-__all__ = ["ALiBi", "Graph", "KVCache", "RelativeBias", "attention", "attention_backward", "attention_weights",
-           "gat_attention", "gat_attention_backward", "gatv2_attention", "gatv2_attention_backward",
-           "get_include", "get_num_threads", "graph_attention", "graph_attention_backward", "isa", "masks",
-           "merge_states", "positions", "reference", "set_num_threads", "show_config", "threads",
-           "varlen_attention", "varlen_attention_backward"]
+__all__ = ["ALiBi", "Graph", "KVCache", "RelativeBias", "ScoreMod", "additive_attention",
+           "additive_attention_backward", "attention", "attention_backward", "attention_weights", "gat_attention",
+           "gat_attention_backward", "gatv2_attention", "gatv2_attention_backward", "get_include", "get_num_threads",
+           "graph_attention", "graph_attention_backward", "isa", "masks", "merge_states", "positions", "reference",
+           "set_num_threads", "show_config", "threads", "varlen_attention", "varlen_attention_backward"]
 
 __version__: str
 

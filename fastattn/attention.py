@@ -8,8 +8,9 @@ _NO_DROPOUT = 0.0
 
 
 def attention(query, key, value, *, mask=None, bias=None, causal=False, window=None, query_offset=None,
-              query_lengths=None, kv_lengths=None, scale=None, softcap=None, sinks=None, normalizer=_SOFTMAX,
-              dropout_p=_NO_DROPOUT, seed=None, out=None, return_lse=False, deterministic=None, num_threads=None):
+              query_lengths=None, kv_lengths=None, scale=None, softcap=None, score_mod=None, sinks=None,
+              normalizer=_SOFTMAX, dropout_p=_NO_DROPOUT, seed=None, out=None, return_lse=False, deterministic=None,
+              num_threads=None):
     """Exact scaled dot-product attention, softmax(scale * Q K^T + bias) V, without storing the L x S weights.
 
     The order is fixed: scores = scale * q.k, then softcap, then + bias, then every restriction (mask, causal, window,
@@ -61,10 +62,21 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
         Default ``1 / sqrt(D)`` (1 for D = 0).
     softcap : float, optional
         c > 0 replaces each score s by ``c * tanh(s / c)``. Default: none.
+    score_mod : `ScoreMod`, scipy.LowLevelCallable, numba.cfunc or ctypes function, optional
+        A compiled function that changes each scaled score, before softcap, bias and masks; `ScoreMod` says how.
     sinks : array (H,) of query's dtype, or float32 with 16-bit queries, optional
         Logits that join the denominator of their head's softmax and carry no value.
-    normalizer : str
-        "softmax".
+    normalizer : str, or ("sigmoid", float)
+        What makes weights p of a row's final scores s, over the n keys of its sequence (``kv_lengths``, else S)::
+
+            "softmax"       exp(s) / sum exp(s)
+            "softmax1"      exp(s) / (1 + sum exp(s)): a sink of 0
+            "sigmoid"       1 / (1 + exp(-(s + b))), b = -log n; another b by ("sigmoid", b)
+            "relu"          max(s, 0) / n
+            "sparsemax"     max(s - t, 0), t such that they add up to 1
+            "entmax15"      max(s / 2 - t, 0)^2, t such that they add up to 1
+
+        The last four take no sinks.
     dropout_p : float
         The share of the weights, behind the softmax, that become 0; the others are multiplied by 1 / (1 - dropout_p).
     seed : int, optional
@@ -88,7 +100,8 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
         Without the axes that query lacks. A row that sees no key is 0.
     lse : ndarray (..., H, L), float64 for float64 queries, else float32
         Only with ``return_lse``: the natural logarithm (nats) of the sum of the exponentials of the final scores, sink
-        included. A row that sees no key has -inf, or its sink.
+        included. A row that sees no key has -inf, or its sink. Of sparsemax and entmax15 the threshold t, of sigmoid
+        and relu 0.
 
     Raises
     ------
@@ -100,10 +113,9 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
         A wrong shape or value: axes, heads or sizes that do not fit each other; more than 8 leading axes; lengths
         outside [0, L] or [0, S]; a query_offset outside (-2**60, 2**60); a negative window; scale or softcap not finite
         in query's dtype; softcap not positive and normal; dropout_p outside [0, 1); a seed outside [0, 2**64);
-        num_threads < 1; an unknown normalizer or deterministic; an address or strides that are no multiple of the item
-        size; out= of the wrong shape or dtype, read-only, overlapping itself or an input.
-    NotImplementedError
-        Options of later versions: other normalizers.
+        num_threads < 1; an unknown normalizer or deterministic; sinks with another normalizer than softmax; an address
+        or strides that are no multiple of the item size; out= of the wrong shape or dtype, read-only, overlapping
+        itself or an input.
     MemoryError
         No memory for the result or the scratch.
 
@@ -121,7 +133,11 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
     ----------
     Vaswani et al., "Attention Is All You Need", 2017. The ONNX operator Attention, opset 25. The softmax in one pass:
     Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022. The
-    dropout's numbers: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011 (Philox 4x32-10).
+    dropout's numbers: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011 (Philox 4x32-10). Normalizers:
+    Miller, "Attention Is Off By One", 2023; Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid
+    Self-Attention", 2024; Wortsman et al., "Replacing softmax with ReLU in Vision Transformers", 2023; Martins and
+    Astudillo, "From Softmax to Sparsemax", 2016; Peters, Niculae and Martins, "Sparse Sequence-to-Sequence Models",
+    2019.
 
     Examples
     --------
@@ -155,23 +171,23 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
     plain = _runtime.plain
     if (plain is not None and mask is None and bias is None and (causal is False or causal is True) and window is None
             and query_offset is None and query_lengths is None and kv_lengths is None and softcap is None
-            and sinks is None and normalizer is _SOFTMAX and dropout_p is _NO_DROPOUT and seed is None and out is None
-            and return_lse is False and deterministic is None):
+            and score_mod is None and sinks is None and normalizer is _SOFTMAX and dropout_p is _NO_DROPOUT
+            and seed is None and out is None and return_lse is False and deterministic is None):
         result = plain(query, key, value, causal, scale, num_threads)
         if result is not None:
             return result
     problem = checks.problem(
         query, key, value, mask=mask, bias=bias, causal=causal, window=window, query_offset=query_offset,
-        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks,
-        normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
+        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, score_mod=score_mod,
+        sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
         deterministic=deterministic, num_threads=num_threads)
     _runtime.forward(problem)
     return problem.result()
 
 
 def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, mask=None, bias=None, causal=False, window=None,
-                     query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None, sinks=None,
-                     normalizer=_SOFTMAX, dropout_p=_NO_DROPOUT, seed=None, out=None, return_lse=False,
+                     query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None, score_mod=None,
+                     sinks=None, normalizer=_SOFTMAX, dropout_p=_NO_DROPOUT, seed=None, out=None, return_lse=False,
                      deterministic=None, num_threads=None):
     """Attention within each of many sequences that lie one behind the other, without padding.
 
@@ -192,7 +208,7 @@ def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, mask=None
         `fastattn.masks` expression, which holds within each sequence; or a bias object.
     query_offset, query_lengths, kv_lengths : int or integers (B,), optional
         For each sequence; the default offset is its keys less its queries.
-    causal, window, scale, softcap, sinks, normalizer, dropout_p, seed, deterministic, num_threads : optional
+    causal, window, scale, softcap, score_mod, sinks, normalizer, dropout_p, seed, deterministic, num_threads : optional
         As in `attention`.
     out : ndarray (Tq, H, Dv) of query's dtype, optional
         Filled and returned.
@@ -207,7 +223,7 @@ def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, mask=None
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError, MemoryError
+    TypeError, ValueError, MemoryError
         As `attention`; ValueError where cu_seqlens do not start at 0, decrease, end elsewhere or differ in number;
         TypeError for a compiled plan or a sparse array as mask, which fit one length only.
 
@@ -229,8 +245,8 @@ def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, mask=None
     """
     problem = checks.problem(
         query, key, value, mask=mask, bias=bias, causal=causal, window=window, query_offset=query_offset,
-        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks,
-        normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
+        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, score_mod=score_mod,
+        sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
         deterministic=deterministic, num_threads=num_threads, packed=(cu_seqlens_q, cu_seqlens_k))
     _runtime.forward(problem)
     return problem.result()
@@ -238,7 +254,7 @@ def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, mask=None
 
 def attention_weights(query, key, *, rows=None, heads=None, reduce=None, mask=None, bias=None, causal=False,
                       window=None, query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None,
-                      sinks=None, normalizer=_SOFTMAX, deterministic=None, num_threads=None):
+                      score_mod=None, sinks=None, normalizer=_SOFTMAX, deterministic=None, num_threads=None):
     """The weights of `attention`, softmax(scale * Q K^T + bias): of chosen rows and heads, or reduced.
 
     Two passes over the keys, the first for the sums of the softmax. Nothing of L x S is stored but what is asked for.
@@ -259,7 +275,7 @@ def attention_weights(query, key, *, rows=None, heads=None, reduce=None, mask=No
 
         H and L are the numbers of chosen heads and rows.
     mask, bias, causal, window, query_offset, query_lengths, kv_lengths : optional
-    scale, softcap, sinks, normalizer, deterministic, num_threads : optional
+    scale, softcap, score_mod, sinks, normalizer, deterministic, num_threads : optional
         As in `attention`, for all rows and heads of query and key.
 
     Returns
@@ -270,7 +286,7 @@ def attention_weights(query, key, *, rows=None, heads=None, reduce=None, mask=No
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError, MemoryError
+    TypeError, ValueError, MemoryError
         As `attention`; ValueError for rows or heads outside the axis, an unknown reduce, k < 1 or k > S.
 
     Notes
@@ -295,6 +311,6 @@ def attention_weights(query, key, *, rows=None, heads=None, reduce=None, mask=No
     problem = checks.weights_problem(
         query, key, rows=rows, heads=heads, reduce=reduce, mask=mask, bias=bias, causal=causal, window=window,
         query_offset=query_offset, query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap,
-        sinks=sinks, normalizer=normalizer, deterministic=deterministic, num_threads=num_threads)
+        score_mod=score_mod, sinks=sinks, normalizer=normalizer, deterministic=deterministic, num_threads=num_threads)
     _runtime.forward(problem)
     return checks.weights_result(problem)

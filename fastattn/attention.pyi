@@ -5,6 +5,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import masks
 from .bias import Bias
+from .score import ScoreMod
 
 class _SupportsDLPack(Protocol):
     def __dlpack__(self) -> Any: ...
@@ -17,7 +18,10 @@ _Bias: TypeAlias = _Array | Bias
 _Deterministic: TypeAlias = _Bool | Literal["row"]
 _Integer: TypeAlias = int | np.integer[Any]
 _Integers: TypeAlias = ArrayLike
+_NormalizerName: TypeAlias = Literal["softmax", "softmax1", "sigmoid", "relu", "sparsemax", "entmax15"]
+_Normalizer: TypeAlias = _NormalizerName | tuple[Literal["sigmoid"], float]
 _Number: TypeAlias = float | np.floating[Any] | np.integer[Any]
+_ScoreMod: TypeAlias = ScoreMod | Any  # functions of scipy, numba and ctypes
 _Window: TypeAlias = _Integer | tuple[_Integer | None, _Integer | None] | list[_Integer | None]
 _Selection: TypeAlias = ArrayLike | slice
 _TopK: TypeAlias = tuple[Literal["top_k"], _Integer]
@@ -28,7 +32,8 @@ def attention(
     query: NDArray[_Real], key: _Array, value: _Array, *, mask: _Mask | None = None, bias: _Array | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[_Real] | None = None,
     return_lse: Literal[False] = False, deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
@@ -38,7 +43,8 @@ def attention(
     query: NDArray[_Real], key: _Array, value: _Array, *, mask: _Mask | None = None, bias: _Array | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[_Real] | None = None,
     return_lse: Literal[True], deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
@@ -48,7 +54,8 @@ def attention(
     query: _Array, key: _Array, value: _Array, *, mask: _Mask | None = None, bias: _Array | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
     return_lse: Literal[False] = False, deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
@@ -58,7 +65,8 @@ def attention(
     query: _Array, key: _Array, value: _Array, *, mask: _Mask | None = None, bias: _Array | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
     return_lse: Literal[True], deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
@@ -68,7 +76,8 @@ def attention(
     query: _Array, key: _Array, value: _Array, *, mask: _Mask | None = None, bias: _Array | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
     return_lse: _Bool = False, deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
@@ -81,7 +90,8 @@ def varlen_attention(
     mask: _Array | masks.Mask | None = None, bias: _Bias | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[_Real] | None = None,
     return_lse: Literal[False] = False, deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
@@ -92,7 +102,8 @@ def varlen_attention(
     mask: _Array | masks.Mask | None = None, bias: _Bias | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[_Real] | None = None,
     return_lse: Literal[True], deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
@@ -103,7 +114,8 @@ def varlen_attention(
     mask: _Array | masks.Mask | None = None, bias: _Bias | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
     return_lse: Literal[False] = False, deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
@@ -114,7 +126,8 @@ def varlen_attention(
     mask: _Array | masks.Mask | None = None, bias: _Bias | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
     return_lse: Literal[True], deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
@@ -125,7 +138,8 @@ def varlen_attention(
     mask: _Array | masks.Mask | None = None, bias: _Bias | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, out: NDArray[Any] | None = None,
     return_lse: _Bool = False, deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
@@ -138,7 +152,8 @@ def attention_weights(
     reduce: Literal["sum", "max", "entropy"] | None = None, mask: _Mask | None = None, bias: _Bias | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
 ) -> NDArray[_Real]: ...
@@ -148,7 +163,8 @@ def attention_weights(
     reduce: _TopK, mask: _Mask | None = None, bias: _Bias | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
 ) -> tuple[NDArray[_Real], NDArray[np.int64]]: ...
@@ -158,7 +174,8 @@ def attention_weights(
     reduce: Literal["sum", "max", "entropy"] | None = None, mask: _Mask | None = None, bias: _Bias | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
 ) -> NDArray[Any]: ...
@@ -168,7 +185,8 @@ def attention_weights(
     reduce: _TopK, mask: _Mask | None = None, bias: _Bias | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
 ) -> tuple[NDArray[Any], NDArray[np.int64]]: ...

@@ -562,8 +562,8 @@ class KVCache:
     # --- attention ---
 
     def attend(self, query, sequence_ids, *, cu_seqlens_q=None, query_lengths=None, rotary=None, mask=None, bias=None,
-               causal=False, window=None, scale=None, softcap=None, sinks=None, out=None, return_lse=False,
-               deterministic=None, num_threads=None):
+               causal=False, window=None, scale=None, softcap=None, sinks=None, normalizer="softmax", out=None,
+               return_lse=False, deterministic=None, num_threads=None):
         """Attention of queries over the tokens of their sequences, as `fastattn.attention`.
 
         Query i of the l queries of a sequence of n tokens stands at position n - l + i: new tokens are appended first,
@@ -586,8 +586,8 @@ class KVCache:
         mask : bool array that broadcasts to (B, H, L, S), optional
             S is the length of the longest of the sequences; with cu_seqlens_q, L is the most rows of one.
         bias : array of query's dtype that broadcasts to (B, H, L, S), `ALiBi` or `RelativeBias`, optional
-        causal, window, scale, softcap, sinks, deterministic, num_threads : optional
-            As in `attention`.
+        causal, window, scale, softcap, sinks, normalizer, deterministic, num_threads : optional
+            As in `attention`. The n of a normalizer counts evicted tokens.
         out : ndarray of the result's shape and query's dtype, optional
             Filled and returned. It must not overlap an input.
         return_lse : bool
@@ -656,7 +656,8 @@ class KVCache:
             raise TypeError(f"mask must be a bool array for a cache, got {type(mask).__name__}")
         return self._attend(rows, query, turned, cu_q, offset, None if query_lengths is None else counts, mask, {
             "bias": bias, "causal": causal, "window": window, "scale": scale, "softcap": softcap, "sinks": sinks,
-            "out": out, "return_lse": return_lse, "deterministic": deterministic, "num_threads": num_threads})
+            "normalizer": normalizer, "out": out, "return_lse": return_lse, "deterministic": deterministic,
+            "num_threads": num_threads})
 
     def _turn(self, query, rotary, ids, offset, counts, cu_q):
         """The queries at their positions, in float32; rows that do not count turn anyhow."""

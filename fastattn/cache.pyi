@@ -3,7 +3,18 @@ from typing import Any, Literal, NamedTuple, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from .attention import _Array, _Bias, _Bool, _Deterministic, _Integer, _Integers, _Number, _Real, _Window
+from .attention import (
+    _Array,
+    _Bias,
+    _Bool,
+    _Deterministic,
+    _Integer,
+    _Integers,
+    _Normalizer,
+    _Number,
+    _Real,
+    _Window,
+)
 from .positions import Rotary
 
 DTYPES: dict[str, Any]
@@ -63,7 +74,8 @@ class KVCache:
         self, query: NDArray[_Real], sequence_ids: _Integers, *, cu_seqlens_q: _Integers | None = None,
         query_lengths: _Integers | None = None, rotary: Rotary | None = None, mask: _Array | None = None,
         bias: _Bias | None = None, causal: _Bool = False, window: _Window | None = None, scale: _Number | None = None,
-        softcap: _Number | None = None, sinks: _Array | None = None, out: NDArray[_Real] | None = None,
+        softcap: _Number | None = None, sinks: _Array | None = None, normalizer: _Normalizer = "softmax",
+        out: NDArray[_Real] | None = None,
         return_lse: Literal[False] = False, deterministic: _Deterministic | None = None,
         num_threads: _Integer | None = None,
     ) -> NDArray[_Real]: ...
@@ -72,7 +84,8 @@ class KVCache:
         self, query: NDArray[_Real], sequence_ids: _Integers, *, cu_seqlens_q: _Integers | None = None,
         query_lengths: _Integers | None = None, rotary: Rotary | None = None, mask: _Array | None = None,
         bias: _Bias | None = None, causal: _Bool = False, window: _Window | None = None, scale: _Number | None = None,
-        softcap: _Number | None = None, sinks: _Array | None = None, out: NDArray[_Real] | None = None,
+        softcap: _Number | None = None, sinks: _Array | None = None, normalizer: _Normalizer = "softmax",
+        out: NDArray[_Real] | None = None,
         return_lse: Literal[True], deterministic: _Deterministic | None = None,
         num_threads: _Integer | None = None,
     ) -> tuple[NDArray[_Real], NDArray[_Real]]: ...
@@ -81,7 +94,8 @@ class KVCache:
         self, query: _Array, sequence_ids: _Integers, *, cu_seqlens_q: _Integers | None = None,
         query_lengths: _Integers | None = None, rotary: Rotary | None = None, mask: _Array | None = None,
         bias: _Bias | None = None, causal: _Bool = False, window: _Window | None = None, scale: _Number | None = None,
-        softcap: _Number | None = None, sinks: _Array | None = None, out: NDArray[Any] | None = None,
+        softcap: _Number | None = None, sinks: _Array | None = None, normalizer: _Normalizer = "softmax",
+        out: NDArray[Any] | None = None,
         return_lse: Literal[False] = False, deterministic: _Deterministic | None = None,
         num_threads: _Integer | None = None,
     ) -> NDArray[Any]: ...
@@ -90,7 +104,8 @@ class KVCache:
         self, query: _Array, sequence_ids: _Integers, *, cu_seqlens_q: _Integers | None = None,
         query_lengths: _Integers | None = None, rotary: Rotary | None = None, mask: _Array | None = None,
         bias: _Bias | None = None, causal: _Bool = False, window: _Window | None = None, scale: _Number | None = None,
-        softcap: _Number | None = None, sinks: _Array | None = None, out: NDArray[Any] | None = None,
+        softcap: _Number | None = None, sinks: _Array | None = None, normalizer: _Normalizer = "softmax",
+        out: NDArray[Any] | None = None,
         return_lse: Literal[True], deterministic: _Deterministic | None = None,
         num_threads: _Integer | None = None,
     ) -> tuple[NDArray[Any], NDArray[Any]]: ...
@@ -99,7 +114,8 @@ class KVCache:
         self, query: _Array, sequence_ids: _Integers, *, cu_seqlens_q: _Integers | None = None,
         query_lengths: _Integers | None = None, rotary: Rotary | None = None, mask: _Array | None = None,
         bias: _Bias | None = None, causal: _Bool = False, window: _Window | None = None, scale: _Number | None = None,
-        softcap: _Number | None = None, sinks: _Array | None = None, out: NDArray[Any] | None = None,
+        softcap: _Number | None = None, sinks: _Array | None = None, normalizer: _Normalizer = "softmax",
+        out: NDArray[Any] | None = None,
         return_lse: _Bool = False, deterministic: _Deterministic | None = None,
         num_threads: _Integer | None = None,
     ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...

@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from . import masks
+from . import masks, score
 from .bias import Bias
 
 FLOAT32 = np.dtype(np.float32)
@@ -24,7 +24,9 @@ LIMITS = {dtype: (float(np.finfo(dtype).tiny), float(np.finfo(dtype).max)) for d
 UNBOUNDED = 2**61  # a window bound no position reaches; position - UNBOUNDED still fits in 64 bits
 OFFSET_LIMIT = 2**60
 MAX_LEADING_AXES = 8
-NORMALIZERS_TO_COME = ("softmax1", "sigmoid", "relu", "sparsemax", "entmax15")
+SOFTMAX, SIGMOID, RELU, SPARSEMAX, ENTMAX15 = range(5)  # as in fastattn.h
+NORMALIZERS = {"softmax": SOFTMAX, "softmax1": SOFTMAX, "sigmoid": SIGMOID, "relu": RELU, "sparsemax": SPARSEMAX,
+               "entmax15": ENTMAX15}
 OVERLAP_WORK = 10_000  # steps that deciding an overlap exactly may take; about a millisecond
 
 
@@ -43,6 +45,7 @@ class Problem:
     query_lengths   None or contiguous int64 (B,), in [0, L]
     kv_lengths      None or contiguous int64 (B,), in [0, S]
     scale, softcap  floats; softcap 0.0 = none
+    normalizer      SOFTMAX, ...; shift is the sigmoid's, NaN for minus the log of a batch's keys
     dropout         0, or how many of 2**32 numbers drop a weight
     keep, seed      the factor of those that stay; 64 bits
     batch           number of the first batch
@@ -59,9 +62,13 @@ class Problem:
     rows            is None or int64 (L,): the rows that the queries are in positions and query_lengths
     weights         the kernel's result: (*lead, H, L, S), (*lead, H, chunks, S), (*lead, H, L, 1) or (*lead, H, L, k)
     indices         None, or int64 (*lead, H, L, k)
+    additive        None, or (w, b) of additive scores: contiguous (H, D) in the dtype of the sums; b may be None
+    score_mod       None, or a score.Prepared: what changes the scaled scores
+    grad_w          None, or zeros (*lead, H, parts, D) to be filled: the gradient of w is their sum
     bias_offset     of a bias object: None or int64 (B,)
     grad_out, grad_lse                      of a backward pass: as out and lse, the latter or None
     grad_query, grad_key, grad_value        as query, key and value, to be filled, in the dtype of the sums
+    means           None, or as out in the dtype of the sums: room for what takes its place in the gradients
     delta           (*lead, H, L), minus grad_lse, to be filled for the rows that see a key: sum of grad_out * out, less
                     grad_lse
     grad_bias       None, or zeros to be filled: (*lead, H, L, S) with stride 0 where it is a sum
@@ -75,7 +82,8 @@ class Problem:
     """
 
     __slots__ = ("query", "key", "value", "mask", "plan", "bias", "bias_index", "sinks", "left", "right",
-                 "query_offset", "query_lengths", "kv_lengths", "scale", "softcap", "dropout", "keep", "seed",
+                 "query_offset", "query_lengths", "kv_lengths", "scale", "softcap", "normalizer", "shift", "dropout",
+                 "keep", "seed", "additive", "score_mod", "means", "grad_w",
                  "batch", "one_path", "out", "lse",
                  "num_threads", "cu_q", "cu_k", "L", "S", "pages", "reduce", "rows", "weights", "indices", "k",
                  "chunks", "bias_offset", "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "delta",
@@ -128,11 +136,11 @@ class Problem:
 def problem(query, key, value, *, mask=None, bias=None, causal=False, window=None, query_offset=None,
             query_lengths=None, kv_lengths=None, scale=None, softcap=None, sinks=None, normalizer="softmax",
             dropout_p=0.0, seed=None, out=None, return_lse=False, deterministic=None, num_threads=None, packed=None,
-            results=True):
+            results=True, score_mod=None, additive=None):
     """Check the arguments of `attention`, which documents them, and return the `Problem` they describe.
 
     ``packed``: None, or (cu_seqlens_q, cu_seqlens_k) of `varlen_attention`. ``results``: False leaves out to the
-    caller, with its shape in `returned`.
+    caller, with its shape in `returned`. ``additive``: None, or (weight, bias) of `additive_attention`.
     """
     p = Problem()
     p.reduce = p.k = p.chunks = 0
@@ -265,10 +273,15 @@ def problem(query, key, value, *, mask=None, bias=None, causal=False, window=Non
 
     p.dropout, p.keep, p.seed = _dropout(dropout_p, seed)
 
-    # --- options of later versions ---
-    if type(normalizer) is not str or normalizer != "softmax":
-        _check_normalizer(normalizer)
-    p.one_path = deterministic is not None and _check_deterministic(deterministic)
+    p.normalizer, p.shift, zero_sink = parse_normalizer(normalizer, sinks)
+    if zero_sink:
+        p.sinks = np.zeros(H, inside)
+    p.one_path = (deterministic is not None and _check_deterministic(deterministic)) or p.normalizer != SOFTMAX
+
+    # --- scores that are no products, or changed ---
+    p.additive = None if additive is None else _additive(*additive, H, D, dtype, inside)
+    p.score_mod = None if score_mod is None else score.prepare(score_mod, inside)
+    p.one_path = p.one_path or p.additive is not None or p.score_mod is not None
 
     # --- results ---
     shape = (T, H, Dv) if packed is not None else lead + (H, L, Dv) if rank > 2 else (L, Dv)
@@ -323,6 +336,9 @@ def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bi
     p.out = given("out", out, shape, dtype)
     p.lse = given("lse", lse, shape[:-1], inside)
     p.grad_lse = None if grad_lse is None else given("grad_lse", grad_lse, shape[:-1], inside)
+    if grad_lse is not None and p.normalizer != SOFTMAX:
+        raise ValueError("grad_lse must be None where the normalizer is no softmax, got an array")
+    p.means = as_problem(aligned_empty(shape, inside)) if p.normalizer in (SPARSEMAX, ENTMAX15) else None
 
     def of(H, n, *columns):
         return (n, H, *columns) if packed else (n, *columns) if flat else lead + (H, n, *columns)
@@ -337,13 +353,19 @@ def gradient_problem(grad_out, query, key, value, out, lse, *, grad_lse=None, bi
     p.delta = as_problem(sums["delta"])
     p.grad_bias = p.grad_index = p.row_grad = None
     p.parts, p.fresh, p.in_turn, batches = 0, False, 1, max(1, math.prod(lead))
+    p.grad_w = None
+    blocks = -(-p.S // masks.KEYS)
+    if p.score_mod is not None and not p.score_mod.gradient:
+        raise ValueError("score_mod must be a ScoreMod with a gradient for attention_backward, got one without")
+    if p.additive is not None:
+        p.parts = max(1, min(blocks, GRADIENT_PARTS))
+        sums["w"] = p.grad_w = np.zeros(lead + (H, p.parts, D), inside)
     if bias is None or not of_bias:
         pass
     elif isinstance(bias, Bias):
         full, offset = ((1,) * len(lead), None) if nothing else (lead, p.bias_offset)
         p.grad_index, own, n, sums["distance"] = bias.diagonals(full, p.L, p.S, offset)
         p.grad_index = tuple(np.ascontiguousarray(index, np.int64) for index in p.grad_index)
-        blocks = -(-p.S // masks.KEYS)
         p.parts = max(1, min(blocks, max(GRADIENT_PARTS, blocks // GRADIENT_PARTS)))
         sums["bias"] = np.zeros((p.parts, *own, H, n), inside)
         p.grad_bias = _to_be_summed(sums["bias"][..., None, :], (p.parts, *full, H, 1, n))
@@ -393,6 +415,8 @@ def weights_problem(query, key, *, rows=None, heads=None, reduce=None, **options
 
     # The chosen heads and rows: small arrays are copied, the masks of all rows are not.
     if heads is not None:
+        if p.score_mod is not None:
+            raise ValueError("heads must be None with a score_mod, which gets the numbers of all heads, got some")
         heads = _selection("heads", heads, H)
         group = H // p.key.shape[-3] if p.key.shape[-3] else 1
         p.query = p.query[..., heads, :, :]
@@ -755,16 +779,40 @@ def _window(window, causal):
     return left, 0 if causal else right
 
 
-# --- options of later versions ---
+def _additive(weight, bias, H, D, dtype, inside):
+    """Weight and bias of additive scores, (D,) or (H, D), as contiguous (H, D); the latter may be None."""
+    result = []
+    for name, array in (("weight", weight), ("bias", bias)):
+        if array is None and name == "bias":
+            result.append(None)
+            continue
+        array = _array(name, array)
+        if array.dtype != dtype and array.dtype != inside:
+            raise TypeError(f"{name} must have query's dtype {_or(dtype, inside)}, got {array.dtype}")
+        if array.shape not in ((D,), (H, D)):
+            raise ValueError(f"{name} must have shape {(D,)} or {(H, D)}, got {array.shape}")
+        result.append(np.ascontiguousarray(np.broadcast_to(array, (H, D)), inside))
+    return tuple(result)
 
-def _check_normalizer(normalizer):
+
+def parse_normalizer(normalizer, sinks):
+    """(its number, the sigmoid's shift or NaN for the default, whether a sink of 0 joins)."""
+    shift = math.nan
+    if isinstance(normalizer, (tuple, list)) and len(normalizer) == 2 and normalizer[0] == "sigmoid":
+        normalizer, shift = "sigmoid", _real("the shift of normalizer", normalizer[1])
+        if not abs(shift) <= LIMITS[FLOAT32][1]:
+            raise ValueError(f"the shift of normalizer must be finite in float32, got {shift}")
     if not isinstance(normalizer, str):
-        raise TypeError(f"normalizer must be a string, got {type(normalizer).__name__}")
-    if normalizer in NORMALIZERS_TO_COME:
-        raise NotImplementedError(f"normalizer={normalizer!r} is not implemented yet")
-    if normalizer != "softmax":
-        raise ValueError(f"normalizer must be one of {('softmax', *NORMALIZERS_TO_COME)}, got {normalizer!r}")
+        raise TypeError(f"normalizer must be a string or ('sigmoid', shift), got {type(normalizer).__name__}")
+    if normalizer not in NORMALIZERS:
+        raise ValueError(f"normalizer must be one of {tuple(NORMALIZERS)}, got {normalizer!r}")
+    if sinks is not None and normalizer != "softmax":
+        whose = ", whose sink is 0" if normalizer == "softmax1" else ""
+        raise ValueError(f"sinks must be None with normalizer={normalizer!r}{whose}, got an array")
+    return NORMALIZERS[normalizer], shift, normalizer == "softmax1"
 
+
+# --- options ---
 
 def _check_deterministic(deterministic):
     if isinstance(deterministic, str):

@@ -20,7 +20,7 @@ class Gradients(NamedTuple):
 
 def attention_backward(grad_out, query, key, value, out, lse, *, grad_lse=None, mask=None, bias=None, causal=False,
                        window=None, query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None,
-                       sinks=None, normalizer="softmax", dropout_p=0.0, seed=None, deterministic=None,
+                       score_mod=None, sinks=None, normalizer="softmax", dropout_p=0.0, seed=None, deterministic=None,
                        num_threads=None):
     """Gradients of `attention`: what a small change of each input changes in sum(grad_out * out) + sum(grad_lse * lse).
 
@@ -36,7 +36,7 @@ def attention_backward(grad_out, query, key, value, out, lse, *, grad_lse=None, 
         What ``attention(..., return_lse=True)`` returned.
     grad_lse : array (..., H, L) of lse's dtype, optional
     mask, bias, causal, window, query_offset, query_lengths, kv_lengths : optional
-    scale, softcap, sinks, normalizer, dropout_p, seed, deterministic, num_threads : optional
+    scale, softcap, score_mod, sinks, normalizer, dropout_p, seed, deterministic, num_threads : optional
         As in `attention`.
 
     Returns
@@ -49,7 +49,7 @@ def attention_backward(grad_out, query, key, value, out, lse, *, grad_lse=None, 
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError, MemoryError
+    TypeError, ValueError, MemoryError
         As `attention`; TypeError and ValueError for grad_out, out, lse or grad_lse of another dtype or shape.
 
     Notes
@@ -79,14 +79,14 @@ def attention_backward(grad_out, query, key, value, out, lse, *, grad_lse=None, 
     return backward(
         None, grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask, bias=bias, causal=causal,
         window=window, query_offset=query_offset, query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale,
-        softcap=softcap, sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed,
+        softcap=softcap, score_mod=score_mod, sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed,
         deterministic=deterministic, num_threads=num_threads)
 
 
 def varlen_attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, *, grad_lse=None,
                               mask=None, bias=None, causal=False, window=None, query_offset=None, query_lengths=None,
-                              kv_lengths=None, scale=None, softcap=None, sinks=None, normalizer="softmax",
-                              dropout_p=0.0, seed=None, deterministic=None, num_threads=None):
+                              kv_lengths=None, scale=None, softcap=None, score_mod=None, sinks=None,
+                              normalizer="softmax", dropout_p=0.0, seed=None, deterministic=None, num_threads=None):
     """Gradients of `varlen_attention`, as `attention_backward` has those of `attention`.
 
     Parameters
@@ -102,7 +102,7 @@ def varlen_attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError, MemoryError
+    TypeError, ValueError, MemoryError
         As `varlen_attention` and `attention_backward`.
 
     Examples
@@ -115,10 +115,11 @@ def varlen_attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_
     >>> grads.key.shape
     (5, 4, 8)
     """
-    return backward((cu_seqlens_q, cu_seqlens_k), grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask,
-                    bias=bias, causal=causal, window=window, query_offset=query_offset, query_lengths=query_lengths,
-                    kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks, normalizer=normalizer,
-                    dropout_p=dropout_p, seed=seed, deterministic=deterministic, num_threads=num_threads)
+    return backward(
+        (cu_seqlens_q, cu_seqlens_k), grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask, bias=bias,
+        causal=causal, window=window, query_offset=query_offset, query_lengths=query_lengths, kv_lengths=kv_lengths,
+        scale=scale, softcap=softcap, score_mod=score_mod, sinks=sinks, normalizer=normalizer, dropout_p=dropout_p,
+        seed=seed, deterministic=deterministic, num_threads=num_threads)
 
 
 def backward(packed, grad_out, query, key, value, out, lse, *, bias, sinks, into=(None, None, None), **options):

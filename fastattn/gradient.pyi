@@ -1,9 +1,21 @@
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from .attention import _Array, _Bias, _Bool, _Deterministic, _Integer, _Integers, _Mask, _Number, _Window
+from .attention import (
+    _Array,
+    _Bias,
+    _Bool,
+    _Deterministic,
+    _Integer,
+    _Integers,
+    _Mask,
+    _Normalizer,
+    _Number,
+    _ScoreMod,
+    _Window,
+)
 from .checks import Problem
 
 class Gradients(NamedTuple):
@@ -18,7 +30,8 @@ def attention_backward(
     grad_lse: _Array | None = None, mask: _Mask | None = None, bias: _Bias | None = None, causal: _Bool = False,
     window: _Window | None = None, query_offset: _Integers | None = None, query_lengths: _Integers | None = None,
     kv_lengths: _Integers | None = None, scale: _Number | None = None, softcap: _Number | None = None,
-    sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax", dropout_p: _Number = 0.0,
+    score_mod: _ScoreMod | None = None,
+    sinks: _Array | None = None, normalizer: _Normalizer = "softmax", dropout_p: _Number = 0.0,
     seed: _Integer | None = None, deterministic: _Deterministic | None = None, num_threads: _Integer | None = None,
 ) -> Gradients: ...
 def varlen_attention_backward(
@@ -26,7 +39,8 @@ def varlen_attention_backward(
     cu_seqlens_k: _Integers, *, grad_lse: _Array | None = None, mask: _Mask | None = None, bias: _Bias | None = None,
     causal: _Bool = False, window: _Window | None = None, query_offset: _Integers | None = None,
     query_lengths: _Integers | None = None, kv_lengths: _Integers | None = None, scale: _Number | None = None,
-    softcap: _Number | None = None, sinks: _Array | None = None, normalizer: Literal["softmax"] = "softmax",
+    softcap: _Number | None = None, score_mod: _ScoreMod | None = None, sinks: _Array | None = None,
+    normalizer: _Normalizer = "softmax",
     dropout_p: _Number = 0.0, seed: _Integer | None = None, deterministic: _Deterministic | None = None,
     num_threads: _Integer | None = None,
 ) -> Gradients: ...

@@ -6,12 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _runtime, checks, gradient
+from .checks import ENTMAX15, RELU, SIGMOID, SOFTMAX, SPARSEMAX
 
 OUTPUT, GRADIENT, SUM, SCORES, LEVELS, DELTA = range(6)             # modes of a call, as in fastattn.h
 DOT, LEAKY = range(2)               # scores
-SOFTMAX, SIGMOID, RELU, SPARSEMAX, ENTMAX15 = range(5)              # normalizers
-NAMES = {"softmax": SOFTMAX, "softmax1": SOFTMAX, "sigmoid": SIGMOID, "relu": RELU, "sparsemax": SPARSEMAX,
-         "entmax15": ENTMAX15}
 TASK = 4096                         # edges of a task; a row counts for ROW more
 ROW = 8
 PART = 16384                        # most edges of a row that are summed at once: longer ones are merged from parts
@@ -263,30 +261,12 @@ def _edge_array(name, array, shape, dtype, inside):
     return np.broadcast_to(array, shape)
 
 
-def _normalizer(normalizer, sinks, grad_lse):
-    """(number, offset of a sigmoid or NaN, whether there is a sink of 0) of a checked normalizer."""
-    name, offset = normalizer, np.nan
-    if isinstance(normalizer, tuple) and len(normalizer) == 2 and normalizer[0] == "sigmoid":
-        name, offset = "sigmoid", checks._real("normalizer's offset", normalizer[1])
-        if not np.isfinite(offset):
-            raise ValueError(f"normalizer's offset must be finite, got {offset}")
-    if not isinstance(name, str):
-        raise TypeError(f"normalizer must be a string or ('sigmoid', offset), got {normalizer!r}")
-    if name not in NAMES:
-        raise ValueError(f"normalizer must be one of {tuple(NAMES)}, got {name!r}")
-    if sinks is not None and name == "softmax1":
-        raise ValueError("sinks must be None with normalizer='softmax1', whose sink is 0")
-    if NAMES[name] != SOFTMAX:
-        for argument, array in (("sinks", sinks), ("grad_lse", grad_lse)):
-            if array is not None:
-                raise ValueError(f"{argument} must be None with normalizer={name!r}, got an array")
-    return NAMES[name], offset, name == "softmax1"
-
-
 def _call(query, key, value, graph, *, edge_bias, edge_key, edge_value, w=None, slope=0.0, saved=None,
           normalizer="softmax", **options):
     """(Graph, Call, checked problem) of a forward or, with saved = (grad_out, out, lse), a backward pass."""
-    normalizer, offset, has_sink = _normalizer(normalizer, options.get("sinks"), options.get("grad_lse"))
+    normalizer, offset, has_sink = checks.parse_normalizer(normalizer, options.get("sinks"))
+    if normalizer != SOFTMAX and options.get("grad_lse") is not None:
+        raise ValueError("grad_lse must be None where the normalizer is no softmax, got an array")
     graph = graph if isinstance(graph, Graph) else Graph(graph)
     query, key, value = (checks._array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     packed = [0, len(query) if query.ndim else 0], [0, len(key) if key.ndim else 0]

@@ -4,7 +4,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 from numpy.typing import NDArray
 
-from .attention import _Array, _Integer, _Number
+from .attention import _Array, _Integer, _Normalizer, _Number
 
 OUTPUT: int
 GRADIENT: int
@@ -14,18 +14,10 @@ LEVELS: int
 DELTA: int
 DOT: int
 LEAKY: int
-SOFTMAX: int
-SIGMOID: int
-RELU: int
-SPARSEMAX: int
-ENTMAX15: int
-NAMES: dict[str, int]
 TASK: int
 ROW: int
 PART: int
 kernel: ContextVar[Callable[[Call], None]]
-
-_Normalizer = str | tuple[Literal["sigmoid"], _Number]
 
 class Graph:
     shape: tuple[int, int]

@@ -20,13 +20,14 @@ import functools
 
 import numpy as np
 
-from . import checks, gradient, graph, merge
+from . import additive, checks, gradient, graph, merge, score
 from .bias import ALiBi
 
 
 def attention(query, key, value, *, mask=None, bias=None, causal=False, window=None, query_offset=None,
-              query_lengths=None, kv_lengths=None, scale=None, softcap=None, sinks=None, normalizer="softmax",
-              dropout_p=0.0, seed=None, out=None, return_lse=False, deterministic=None, num_threads=None):
+              query_lengths=None, kv_lengths=None, scale=None, softcap=None, score_mod=None, sinks=None,
+              normalizer="softmax", dropout_p=0.0, seed=None, out=None, return_lse=False, deterministic=None,
+              num_threads=None):
     """`fastattn.attention` in plain NumPy: the same arguments, checks and results, in float64 inside.
 
     It stores the L x S scores of one head at a time and ignores `num_threads`.
@@ -37,22 +38,22 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
     """
     problem = checks.problem(
         query, key, value, mask=mask, bias=bias, causal=causal, window=window, query_offset=query_offset,
-        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks,
-        normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
+        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, score_mod=score_mod,
+        sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
         deterministic=deterministic, num_threads=num_threads)
     forward(problem)
     return problem.result()
 
 
 def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, mask=None, bias=None, causal=False, window=None,
-                     query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None, sinks=None,
-                     normalizer="softmax", dropout_p=0.0, seed=None, out=None, return_lse=False, deterministic=None,
-                     num_threads=None):
+                     query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None, score_mod=None,
+                     sinks=None, normalizer="softmax", dropout_p=0.0, seed=None, out=None, return_lse=False,
+                     deterministic=None, num_threads=None):
     """`fastattn.varlen_attention` in plain NumPy: each sequence by itself, in float64 inside."""
     problem = checks.problem(
         query, key, value, mask=mask, bias=bias, causal=causal, window=window, query_offset=query_offset,
-        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks,
-        normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
+        query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap, score_mod=score_mod,
+        sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
         deterministic=deterministic, num_threads=num_threads, packed=(cu_seqlens_q, cu_seqlens_k))
     forward(problem)
     return problem.result()
@@ -60,12 +61,12 @@ def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, mask=None
 
 def attention_weights(query, key, *, rows=None, heads=None, reduce=None, mask=None, bias=None, causal=False,
                       window=None, query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None,
-                      sinks=None, normalizer="softmax", deterministic=None, num_threads=None):
+                      score_mod=None, sinks=None, normalizer="softmax", deterministic=None, num_threads=None):
     """`fastattn.attention_weights` in plain NumPy, from the weights of all chosen rows at once, in float64 inside."""
     problem = checks.weights_problem(
         query, key, rows=rows, heads=heads, reduce=reduce, mask=mask, bias=bias, causal=causal, window=window,
         query_offset=query_offset, query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale, softcap=softcap,
-        sinks=sinks, normalizer=normalizer, deterministic=deterministic, num_threads=num_threads)
+        score_mod=score_mod, sinks=sinks, normalizer=normalizer, deterministic=deterministic, num_threads=num_threads)
     forward_weights(problem)
     return checks.weights_result(problem)
 
@@ -76,7 +77,7 @@ def forward_weights(problem):
     with np.errstate(all="ignore"):
         for batch, head, kv_head in heads(problem):
             scores, visible = logits(problem, batch, head, kv_head, np.float64)
-            p = np.where(visible, softmax(scores, visible, sink(problem, head, np.float64))[0], 0)
+            p = np.where(visible, normalise(problem, batch, head, scores, visible)[0], 0)
             if reduce is None:
                 problem.weights[head] = p
             elif reduce == "sum":
@@ -152,8 +153,7 @@ def forward(problem, dtype=None):
     with np.errstate(all="ignore"):
         for batch, head, kv_head in heads(problem):
             scores, visible = logits(problem, batch, head, kv_head, dtype)
-            weights, m, total = softmax(scores, visible, sink(problem, head, dtype))
-            lse = m + np.log(total)
+            weights, lse = normalise(problem, batch, head, scores, visible)
             if problem.query_lengths is not None:
                 lse[problem.query_lengths[batch]:] = -np.inf
             if problem.dropout:
@@ -165,7 +165,7 @@ def forward(problem, dtype=None):
 
 def attention_backward(grad_out, query, key, value, out, lse, *, grad_lse=None, mask=None, bias=None, causal=False,
                        window=None, query_offset=None, query_lengths=None, kv_lengths=None, scale=None, softcap=None,
-                       sinks=None, normalizer="softmax", dropout_p=0.0, seed=None, deterministic=None,
+                       score_mod=None, sinks=None, normalizer="softmax", dropout_p=0.0, seed=None, deterministic=None,
                        num_threads=None):
     """`fastattn.attention_backward` in plain NumPy, in float64 inside. For each query row of a head, over its keys:
 
@@ -179,19 +179,20 @@ def attention_backward(grad_out, query, key, value, out, lse, *, grad_lse=None, 
     return _backward(
         None, grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask, bias=bias, causal=causal,
         window=window, query_offset=query_offset, query_lengths=query_lengths, kv_lengths=kv_lengths, scale=scale,
-        softcap=softcap, sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed,
+        softcap=softcap, score_mod=score_mod, sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed,
         deterministic=deterministic, num_threads=num_threads)
 
 
 def varlen_attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, *, grad_lse=None,
                               mask=None, bias=None, causal=False, window=None, query_offset=None, query_lengths=None,
-                              kv_lengths=None, scale=None, softcap=None, sinks=None, normalizer="softmax",
-                              dropout_p=0.0, seed=None, deterministic=None, num_threads=None):
+                              kv_lengths=None, scale=None, softcap=None, score_mod=None, sinks=None,
+                              normalizer="softmax", dropout_p=0.0, seed=None, deterministic=None, num_threads=None):
     """`fastattn.varlen_attention_backward` in plain NumPy: each sequence by itself, in float64 inside."""
-    return _backward((cu_seqlens_q, cu_seqlens_k), grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask,
-                     bias=bias, causal=causal, window=window, query_offset=query_offset, query_lengths=query_lengths,
-                     kv_lengths=kv_lengths, scale=scale, softcap=softcap, sinks=sinks, normalizer=normalizer,
-                     dropout_p=dropout_p, seed=seed, deterministic=deterministic, num_threads=num_threads)
+    return _backward(
+        (cu_seqlens_q, cu_seqlens_k), grad_out, query, key, value, out, lse, grad_lse=grad_lse, mask=mask, bias=bias,
+        causal=causal, window=window, query_offset=query_offset, query_lengths=query_lengths, kv_lengths=kv_lengths,
+        scale=scale, softcap=softcap, score_mod=score_mod, sinks=sinks, normalizer=normalizer, dropout_p=dropout_p,
+        seed=seed, deterministic=deterministic, num_threads=num_threads)
 
 
 def _backward(packed, grad_out, query, key, value, out, lse, *, bias, sinks, **options):
@@ -218,7 +219,7 @@ def backward(problem, dtype=None):
             scores, visible = logits(problem, batch, head, kv_head, dtype)
             q, k, v = (x.astype(dtype) for x in (problem.query[head], problem.key[kv_head], problem.value[kv_head]))
             g, lse = problem.grad_out[head].astype(dtype), problem.lse[head].astype(dtype)
-            p = np.where(visible, np.exp(scores - lse[:, None]), 0)
+            p, slope = slopes(problem, batch, scores, visible, lse)
             delta = (g * problem.out[head].astype(dtype)).sum(axis=1)
             if problem.grad_lse is not None:
                 delta -= problem.grad_lse[head]
@@ -229,13 +230,39 @@ def backward(problem, dtype=None):
             if problem.dropout:
                 stay = dropout(problem, batch, head)
                 dp = np.where(stay > 0, stay * dp, 0)
-            dz = np.where(visible, p * (dp - delta[:, None]), 0)
+            if problem.normalizer != checks.SOFTMAX:
+                delta = np.zeros(len(p), dtype)
+            if problem.normalizer in (checks.SPARSEMAX, checks.ENTMAX15):
+                total = slope.sum(axis=1)
+                delta = np.where(slope > 0, slope * dp, 0).sum(axis=1) / np.where(total == 0, 1, total)
+            dz = np.where(visible, slope * (dp - delta[:, None]), 0)
             _add_bias_gradient(problem, head, dz)
+            raw = raw_scores(problem, head, q, k)
+            changed = raw
+            if problem.score_mod is not None:
+                changed = score.apply(problem.score_mod, raw, problem.batch + batch, head[-1], range(len(q)))
             if problem.softcap:
-                dz = np.where(visible, dz * (1 - np.tanh(problem.scale * (q @ k.T) / problem.softcap) ** 2), 0)
-            problem.grad_query[head] += problem.scale * weighted_sum(dz, visible, k)
-            problem.grad_key[kv_head] += problem.scale * weighted_sum(dz.T, visible.T, q)
+                dz = np.where(visible, dz * (1 - np.tanh(changed / problem.softcap) ** 2), 0)
+            if problem.score_mod is not None:
+                dz = score.apply(problem.score_mod, raw, problem.batch + batch, head[-1], range(len(q)), dz)
+                dz = np.where(visible, dz, 0)
+            if problem.additive is not None:
+                _add_additive_gradients(problem, head, kv_head, q, k, dz)
+            else:
+                problem.grad_query[head] += problem.scale * weighted_sum(dz, visible, k)
+                problem.grad_key[kv_head] += problem.scale * weighted_sum(dz.T, visible.T, q)
             problem.grad_value[kv_head] += weighted_sum((p * stay).T, visible.T, g)
+
+
+def _add_additive_gradients(problem, head, kv_head, q, k, dz):
+    w, b = (None if x is None else x[head[-1]].astype(q.dtype) for x in problem.additive)
+    for i, row in enumerate(q if b is None else q + b):
+        seen = dz[i] != 0  # NaN included; what is not seen may hold NaN
+        t = np.tanh(row + k[seen])
+        u = dz[i, seen, None] * w * (1 - t) * (1 + t)
+        problem.grad_query[head][i] += u.sum(axis=0)
+        problem.grad_key[kv_head][seen] += u
+        problem.grad_w[(*head, 0)] += dz[i, seen] @ t
 
 
 def _add_bias_gradient(problem, head, dz):
@@ -262,20 +289,25 @@ def dropout(problem, batch, head):
     return np.where(np.stack(numbers, axis=-1).reshape(L, -1)[:, :S] >= problem.dropout, problem.keep, 0)
 
 
-def _in_numpy(function):
+def _in_numpy(function, variable, mine):
+    """The function, with what computes its results replaced."""
     @functools.wraps(function)
     def call(*args, **options):
-        token = graph.kernel.set(run_graph)
+        token = variable.set(mine())
         try:
             return function(*args, **options)
         finally:
-            graph.kernel.reset(token)
+            variable.reset(token)
     return call
 
 
-graph_attention, graph_attention_backward = map(_in_numpy, (graph.graph_attention, graph.graph_attention_backward))
-gat_attention, gat_attention_backward = map(_in_numpy, (graph.gat_attention, graph.gat_attention_backward))
-gatv2_attention, gatv2_attention_backward = map(_in_numpy, (graph.gatv2_attention, graph.gatv2_attention_backward))
+graph_attention, graph_attention_backward, gat_attention, gat_attention_backward, gatv2_attention, \
+    gatv2_attention_backward = (_in_numpy(function, graph.kernel, lambda: run_graph) for function in (
+        graph.graph_attention, graph.graph_attention_backward, graph.gat_attention, graph.gat_attention_backward,
+        graph.gatv2_attention, graph.gatv2_attention_backward))
+additive_attention, additive_attention_backward = (
+    _in_numpy(function, additive.kernels, lambda: (forward, backward))
+    for function in (additive.additive_attention, additive.additive_attention_backward))
 
 
 def run_graph(call, dtype=None):
@@ -335,14 +367,14 @@ def run_graph(call, dtype=None):
                 numbers = philox((of // 4, np.uint64(0), np.uint64(h), np.uint64(0)), call.seed)
                 numbers = np.choose(of % 4, numbers)
                 stay = np.where(numbers >= call.dropout, call.keep, 0)
-            if call.normalizer != graph.SOFTMAX:
+            if call.normalizer != checks.SOFTMAX:
                 p, slope_of_p, tau = _alone(call, s, counts, row, len(n))
             if call.mode == graph.GRADIENT:
                 dp = stay * (call.grad_out[target, h].astype(dtype) * v).sum(axis=1)
                 delta = call.delta[target, h]
-                if call.normalizer == graph.SOFTMAX:
+                if call.normalizer == checks.SOFTMAX:
                     p = slope_of_p = np.where(seen, np.exp(s - call.lse[target, h]), 0)
-                elif call.normalizer in (graph.SPARSEMAX, graph.ENTMAX15):
+                elif call.normalizer in (checks.SPARSEMAX, checks.ENTMAX15):
                     sums = total(slope_of_p)
                     delta = np.where(sums == 0, 0, total(slope_of_p * dp) / sums)[row]
                 dz = np.where(seen, slope_of_p * (dp - delta), 0)
@@ -355,7 +387,7 @@ def run_graph(call, dtype=None):
                     if call.grad_w is not None:
                         call.grad_w[0, h, : call.D] = (ds[:, None] * leaky(q + k)).sum(axis=0)
                 continue
-            if call.normalizer != graph.SOFTMAX:
+            if call.normalizer != checks.SOFTMAX:
                 call.out[:, h] = total((p * stay)[:, None] * v)
                 if call.lse is not None:
                     call.lse[:, h] = tau
@@ -390,17 +422,17 @@ def weights_and_slopes(normalizer, offset, s):
     A slope is what a weight changes with its score; that tau changes too is left to the sum over the row.
     """
     n = len(s)
-    if normalizer == graph.SIGMOID:
+    if normalizer == checks.SIGMOID:
         p = 1 / (1 + np.exp(-(s + (offset if offset == offset else -np.log(n)))))
         return p, p * (1 - p), 0
-    if normalizer == graph.RELU:
+    if normalizer == checks.RELU:
         return np.maximum(s, 0) / n, np.where(s > 0, 1 / n, np.where(np.isnan(s), s, 0)), 0
     if np.isnan(s).any() or s.max() == np.inf:
         return (np.full(n, np.nan),) * 2 + (np.nan,)
     if s.max() == -np.inf:
         return np.zeros(n), np.zeros(n), -np.inf
     # Of the k largest, the tau for which their weights sum to 1; they are the support if even the last has one.
-    squared = normalizer == graph.ENTMAX15
+    squared = normalizer == checks.ENTMAX15
     top = s.max()
     z = np.sort((s[s > -np.inf] - top) / (2 if squared else 1))[::-1]
     k = np.arange(1, len(z) + 1)
@@ -446,13 +478,25 @@ def sink(problem, head, dtype):
     return None if problem.sinks is None else problem.sinks[head[-1]].astype(dtype)
 
 
+def raw_scores(problem, head, q, k):
+    """scale * q . k, or w . tanh(q + k + b) if they are additive."""
+    if problem.additive is None:
+        return q.dtype.type(problem.scale) * (q @ k.T)
+    w, b = (None if x is None else x[head[-1]].astype(q.dtype) for x in problem.additive)
+    q = q if b is None else q + b
+    return np.stack([np.tanh(row + k) @ w for row in q]).reshape(len(q), len(k))
+
+
 def logits(problem, batch, head, kv_head, dtype):
     """The final scores s[L, S] of one head, and which of them are visible."""
     q, k = problem.query[head].astype(dtype), problem.key[kv_head].astype(dtype)
     L, S = len(q), len(k)
     visible = np.ones((L, S), np.bool_)
 
-    scores = dtype(problem.scale) * (q @ k.T)
+    i = np.arange(L) if problem.rows is None else problem.rows
+    scores = raw_scores(problem, head, q, k)
+    if problem.score_mod is not None:
+        scores = score.apply(problem.score_mod, scores, problem.batch + batch, head[-1], i)
     if problem.softcap:
         scores = problem.softcap * np.tanh(scores / problem.softcap)
     if problem.bias is not None:
@@ -465,7 +509,6 @@ def logits(problem, batch, head, kv_head, dtype):
     if problem.plan is not None:
         lead = problem.plan.lead
         visible &= problem.plan.definition(tuple(i if n > 1 else 0 for n, i in zip(lead, head[len(head) - len(lead):])))
-    i = np.arange(L) if problem.rows is None else problem.rows
     j = np.arange(S)
     if problem.query_offset is not None:
         position = i[:, None] + problem.query_offset[batch]
@@ -475,6 +518,73 @@ def logits(problem, batch, head, kv_head, dtype):
     if problem.query_lengths is not None:
         visible[i >= problem.query_lengths[batch]] = False
     return scores, visible
+
+
+def normalise(problem, batch, head, scores, visible):
+    """(weights[L, S], 0 where not visible; lse[L], or what takes its place) of final scores."""
+    if problem.normalizer == checks.SOFTMAX:
+        weights, m, total = softmax(scores, visible, sink(problem, head, scores.dtype))
+        return weights, m + np.log(total)
+    empty = ~visible.any(axis=1)
+    if problem.normalizer in (checks.SIGMOID, checks.RELU):
+        level = np.zeros(len(scores), scores.dtype)
+    else:
+        level = (sparsemax_level if problem.normalizer == checks.SPARSEMAX else entmax15_level)(scores, visible)
+    level = np.where(empty, -np.inf, level)
+    weights = slopes(problem, batch, scores, visible, np.where(empty, 0, level))[0]
+    return weights, level
+
+
+def sparsemax_level(scores, visible):
+    """t[L] with sum max(s - t, 0) = 1: with the k largest scores above t, t = (their sum - 1) / k."""
+    z, k, top = _descending(scores, visible)
+    sums = np.cumsum(z, axis=1)
+    n = np.count_nonzero(1 + k * z > sums, axis=1)[:, None]
+    level = (np.take_along_axis(sums, np.maximum(n - 1, 0), 1) - 1)[:, 0] / np.maximum(n[:, 0], 1)
+    return level + top
+
+
+def entmax15_level(scores, visible):
+    """t[L] with sum max(s / 2 - t, 0)^2 = 1 (Peters, Niculae and Martins 2019, algorithm 2): of the k largest z = s/2,
+    t = mean - sqrt((1 - sum of the squared distances from it) / k), for the largest k whose t is at most the k-th z."""
+    z, k, top = _descending(scores / 2, visible)
+    seen = np.where(z == -np.inf, 0, z)  # they are last
+    mean, squares = np.cumsum(seen, axis=1) / k, np.cumsum(seen**2, axis=1)
+    levels = mean - np.sqrt(np.maximum(1 - (squares - k * mean**2), 0) / k)
+    n = np.count_nonzero(levels <= z, axis=1)[:, None]
+    return np.take_along_axis(levels, np.maximum(n - 1, 0), 1)[:, 0] + top
+
+
+def _descending(scores, visible):
+    """(the visible scores of each row less their maximum, in descending order, -inf behind; 1, 2, ...; the maxima)."""
+    z = np.sort(np.where(visible, -scores, np.inf), axis=1)
+    z = -z if z.shape[1] else np.full((len(z), 1), -np.inf, z.dtype)
+    top = z[:, :1]
+    top = np.where(np.isnan(z).any(axis=1, keepdims=True), np.nan, top)
+    return z - top, np.arange(1, z.shape[1] + 1), top[:, 0]
+
+
+def slopes(problem, batch, scores, visible, lse):
+    """Weights and their slopes g, both [L, S] and 0 where not visible, from final scores and the saved lse.
+
+    The gradient of a score is g (dp - delta), where delta is a constant of the row, 0 for sigmoid and relu.
+    """
+    n = scores.shape[1] if problem.kv_lengths is None else int(problem.kv_lengths[batch])
+    level = lse[:, None]
+    if problem.normalizer == checks.SOFTMAX:
+        p = slope = np.exp(scores - level)
+    elif problem.normalizer == checks.SIGMOID:
+        shift = -np.log(max(n, 1)) if np.isnan(problem.shift) else problem.shift
+        p = 1 / (1 + np.exp(-(scores + shift)))
+        slope = p * (1 - p)
+    elif problem.normalizer == checks.RELU:
+        p, slope = np.maximum(scores, 0) / max(n, 1), np.where(scores > 0, 1 / max(n, 1), 0)
+    elif problem.normalizer == checks.SPARSEMAX:
+        p, slope = np.maximum(scores - level, 0), np.where(scores > level, 1, 0)
+    else:
+        slope = np.maximum(scores / 2 - level, 0)
+        p = slope**2
+    return np.where(visible, p, 0), np.where(visible, slope, 0)
 
 
 def softmax(scores, visible, sink=None):

@@ -44,6 +44,7 @@ cdef enum:
     POLL_MS = 50
     RUN = 8                     # tasks taken at once, fewer near the end: neighbours share keys, each prefetches for the next
     KEPT = 8                    # scratch buffers kept between calls
+    TANH = 16                   # products that take as long as one
 
 cdef const fastattn_kernel* kernel_f32 = NULL
 cdef const fastattn_kernel* kernel_f64 = NULL
@@ -280,7 +281,10 @@ cdef int run(fastattn_problem* p, int n_threads) except -1:
     cdef double flops
     if p.B*p.H*p.L == 0:
         return 0
-    flops = 2*pairs(p)*(3*p.D + 2*p.Dv if p.reduce == FASTATTN_GRADIENT else 2*p.D if p.reduce else p.D + p.Dv)
+    flops = 2*pairs(p)*(3*p.D + 2*p.Dv if p.reduce == FASTATTN_GRADIENT else 2*p.D if p.reduce and p.reduce != FASTATTN_MEAN
+                        else p.D + p.Dv)
+    if p.score == FASTATTN_ADDITIVE:
+        flops += 2*pairs(p)*p.D*TANH
     n_threads = threads_for(n_threads, flops)
     work.kernel = kernel_of(p.bits)
     work.n_tasks = work.kernel.tasks(p, n_threads)
@@ -468,6 +472,7 @@ cdef void describe_problem(fastattn_problem* p, problem) except *:
     cdef cnp.ndarray cu_q = problem.cu_q
     cdef cnp.ndarray cu_k = problem.cu_k
     cdef int n = cnp.PyArray_NDIM(q)
+    cdef cnp.ndarray w, b
     cdef int i
     memset(p, 0, sizeof(p[0]))
     p.B = 1
@@ -490,6 +495,17 @@ cdef void describe_problem(fastattn_problem* p, problem) except *:
     p.right = problem.right
     p.scale = problem.scale
     p.softcap = problem.softcap
+    p.normalizer = problem.normalizer
+    p.shift = problem.shift
+    if problem.additive is not None:
+        p.score = FASTATTN_ADDITIVE
+        w, b = problem.additive
+        p.w = cnp.PyArray_DATA(w)
+        p.w_bias = NULL if b is None else cnp.PyArray_DATA(b)
+    if problem.score_mod is not None:
+        p.score_mod = <fastattn_score><uintptr_t>problem.score_mod.function
+        p.score_grad = <fastattn_score_grad><uintptr_t>problem.score_mod.gradient
+        p.score_data = <void*><uintptr_t>problem.score_mod.data
     p.query_offset = integers(offsets)
     p.query_lengths = integers(q_lengths)
     p.kv_lengths = integers(kv_lengths)
@@ -534,7 +550,7 @@ def forward(problem):
     # Pairs: the products read rows of words, and the scale's sign and size stay out of Q.
     if (kernel_pairs != NULL and p.query.kind == FASTATTN_BF16 and p.key.kind == FASTATTN_BF16
             and p.value.kind == FASTATTN_BF16 and p.D % 2 == 0 and 1e-30 < p.scale < 1e30 and not p.reduce
-            and p.dropout == 0):
+            and p.dropout == 0 and p.normalizer == FASTATTN_SOFTMAX and p.score == FASTATTN_DOT and p.score_mod == NULL):
         p.bits = 16
     run(&p, 0 if problem.num_threads is None else problem.num_threads)
 
@@ -542,7 +558,12 @@ def forward(problem):
 def backward(problem):
     """Fill the gradients of problem (see checks.Problem)."""
     cdef fastattn_problem p
+    cdef int n_threads = 0 if problem.num_threads is None else problem.num_threads
     describe_problem(&p, problem)
+    if problem.means is not None:
+        describe(&p.out, problem.means, 3, p.n_lead)
+        p.reduce = FASTATTN_MEAN
+        run(&p, n_threads)
     p.reduce = FASTATTN_GRADIENT
     p.in_turn = problem.in_turn
     p.fresh = problem.fresh
@@ -554,6 +575,8 @@ def backward(problem):
     describe(&p.grad_key, problem.grad_key, 3, p.n_lead)
     describe(&p.grad_value, problem.grad_value, 3, p.n_lead)
     describe(&p.delta, problem.delta, 2, p.n_lead)
+    if problem.grad_w is not None:
+        p.grad_w = cnp.PyArray_DATA(problem.grad_w)
     if problem.row_grad is not None:
         describe(&p.row_grad, problem.row_grad, 2, p.n_lead)
     if problem.grad_index is not None:      # (parts, *lead, H, 1, n)
@@ -562,7 +585,7 @@ def backward(problem):
         p.grad_bias.row = cnp.PyArray_STRIDE(problem.grad_bias, 0)//cnp.PyArray_ITEMSIZE(problem.grad_bias)
     elif problem.grad_bias is not None:
         describe(&p.grad_bias, problem.grad_bias, 3, p.n_lead)
-    run(&p, 0 if problem.num_threads is None else problem.num_threads)
+    run(&p, n_threads)
 
 
 cdef void describe_nodes(fastattn_array* a, cnp.ndarray x, int tail) noexcept:

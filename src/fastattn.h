@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FASTATTN_ABI 5
+#define FASTATTN_ABI 6
 #define FASTATTN_LEAD 8
 #define FASTATTN_UNBOUNDED ((int64_t)1 << 61)
 
@@ -44,6 +44,12 @@ typedef struct {
 } fastattn_tiles;
 
 enum {
+    FASTATTN_DOT,                   /* query . key */
+    FASTATTN_LEAKY,                 /* w . leaky(query + key): x, or slope x where x < 0 */
+    FASTATTN_ADDITIVE,              /* w . tanh(query + key + w_bias) */
+};
+
+enum {
     FASTATTN_OUTPUT,                /* softmax(scores) value */
     FASTATTN_WEIGHTS,               /* (B, H, L, S) the weights themselves; the result holds zeros before */
     FASTATTN_SUM,                   /* (B, H, chunks, S) their sum over the queries of each chunk; zeros before */
@@ -51,6 +57,24 @@ enum {
     FASTATTN_ENTROPY,               /* (B, H, L, 1) -sum p log p of each row, in nats; zeros before */
     FASTATTN_TOP_K,                 /* (B, H, L, k) the largest of each row, descending; zeros before, and indices -1 */
     FASTATTN_GRADIENT,              /* the gradients, from grad_out and the saved out and lse */
+    FASTATTN_MEAN,                  /* out = sum g value / sum g, g the slopes of the weights, from the saved lse: what takes the
+                                     * place of out in the gradients of sparsemax and entmax-1.5 */
+};
+
+/* Changes a tile of scores: element j * stride + i belongs to query + i and key + j of a batch and head. Called from any thread.
+ * The other turns gradients of the changed scores into those of the scores as they were. */
+typedef void (*fastattn_score)(void *scores, int64_t batch, int64_t head, int64_t query, int64_t key, int64_t n_queries,
+                               int64_t n_keys, int64_t stride, void *data);
+typedef void (*fastattn_score_grad)(void *grads, const void *scores, int64_t batch, int64_t head, int64_t query, int64_t key,
+                                    int64_t n_queries, int64_t n_keys, int64_t stride, void *data);
+
+/* What makes weights p of a row's final logits s; S keys, of which the row may see fewer. */
+enum {
+    FASTATTN_SOFTMAX,               /* exp(s) / sum exp(s) */
+    FASTATTN_SIGMOID,               /* 1 / (1 + exp(-(s + shift))) */
+    FASTATTN_RELU,                  /* max(s, 0) / S */
+    FASTATTN_SPARSEMAX,             /* max(s - t, 0), t such that their sum is 1; lse is t */
+    FASTATTN_ENTMAX15,              /* max(s / 2 - t, 0)^2, likewise */
 };
 
 typedef struct {
@@ -86,6 +110,14 @@ typedef struct {
     const int64_t *kv_lengths;      /* (B,); NULL stands for S */
     int64_t left, right;            /* row i sees p - left <= j <= p + right, p = i + query_offset */
     double scale, softcap;          /* softcap 0: none */
+    int32_t normalizer;             /* all but the first take one_path, and no pairs */
+    double shift;                   /* NaN: -log of the batch's keys */
+    int32_t score;                  /* FASTATTN_DOT or FASTATTN_ADDITIVE, which takes one_path, no pairs and scale 1 */
+    const void *w, *w_bias;         /* (H, D) real: of additive scores; w_bias is optional */
+    void *grad_w;                   /* (B, H, parts, D) real, zeros before: for each of the parts of the keys; optional */
+    fastattn_score score_mod;       /* of scaled scores; optional; it takes one_path and no pairs */
+    fastattn_score_grad score_grad;
+    void *score_data;
     uint64_t seed;
     uint32_t dropout;               /* a weight stays if its number is at least this; 0: none */
     double keep;                    /* factor of those that stay */
@@ -104,7 +136,7 @@ typedef struct {
                                              * grad_bias instead, of which each chunk of the keys has a part, `row` apart */
     fastattn_array row_grad;        /* (B, H, L) sums over the keys of the logits' gradients; zeros before; optional */
     fastattn_array delta;           /* (B, H, L) sum of grad_out * out, less grad_lse */
-    int64_t parts;                  /* of the latter */
+    int64_t parts;                  /* of grad_bias by grad_rows, of grad_w */
     int32_t fresh;                  /* grad_bias holds anything before; it has its own rows, heads, and batches or one for all */
     int64_t in_turn;                /* pairs of key head and batch that one task takes, whose grad_bias is one sum */
     int64_t blocks, splits, together, batch_tasks, groups, record;  /* set by `tasks`: how the problem is cut, see tasks.pxi */
@@ -139,17 +171,6 @@ enum {
     FASTATTN_GRAPH_LEVELS,          /* pairs of scores [begin[i], end[i]) of a head: their maximum, and the threshold from it */
     FASTATTN_GRAPH_DELTA,           /* pairs of row i: sums of w dP and w, whose quotient over the target is its delta */
 };
-enum {
-    FASTATTN_DOT,                   /* query . key */
-    FASTATTN_LEAKY,                 /* w . leaky(query + key): x, or slope x where x < 0 */
-};
-enum {
-    FASTATTN_GRAPH_SOFTMAX,
-    FASTATTN_GRAPH_SIGMOID,         /* 1 / (1 + e^-(s + b)), b = offset, or -log n where that is NaN */
-    FASTATTN_GRAPH_RELU,            /* max(s, 0) / n, n edges of the target that count */
-    FASTATTN_GRAPH_SPARSEMAX,       /* max(s - t, 0) */
-    FASTATTN_GRAPH_ENTMAX15,        /* max(s / 2 - t, 0)^2 */
-};
 
 typedef struct {
     int32_t mode, score, normalizer, wide;      /* wide: sources are int64_t, else int32_t */
@@ -169,7 +190,8 @@ typedef struct {
     int64_t n_scores;
     const int64_t *first_score;     /* (n_rows) of a head */
     double *pairs;                  /* (n_rows, H, 2), of LEVELS (n_tasks, 2) */
-    double scale, softcap, slope, keep, offset;
+    double scale, softcap, slope, keep;
+    double offset;                  /* of FASTATTN_SIGMOID; NaN: -log of the edges that count */
     uint64_t seed;
     uint32_t dropout;
 } fastattn_graph;

@@ -285,13 +285,13 @@ def test_errors():
     for name in ("sigmoid", "relu", "sparsemax", "entmax15"):
         with pytest.raises(ValueError, match=f"sinks must be None with normalizer='{name}', got an array"):
             fa.graph_attention(q, k, v, edges, sinks=sinks, normalizer=name)
-        with pytest.raises(ValueError, match=f"grad_lse must be None with normalizer='{name}', got an array"):
+        with pytest.raises(ValueError, match="grad_lse must be None where the normalizer is no softmax"):
             fa.graph_attention_backward(q, q, k, v, q, sinks, edges, grad_lse=np.ones((2, 1)), normalizer=name)
     with pytest.raises(ValueError, match="normalizer must be one of .*, got 'sparse'"):
         fa.gat_attention(k[..., 0], q[..., 0], v, edges, normalizer="sparse")
     with pytest.raises(TypeError, match="normalizer must be a string"):
         fa.gatv2_attention(k, q, np.ones((1, 4)), edges, normalizer=3)
-    with pytest.raises(ValueError, match="normalizer's offset must be finite, got inf"):
+    with pytest.raises(ValueError, match="the shift of normalizer must be finite in float32, got inf"):
         fa.graph_attention(q, k, v, edges, normalizer=("sigmoid", np.inf))
     with pytest.raises(TypeError, match="normalizer must be a string"):
         fa.graph_attention(q, k, v, edges, normalizer=("relu", 1.0))

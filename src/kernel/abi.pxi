@@ -22,6 +22,18 @@ cdef extern from "fastattn.h" nogil:
     enum: FASTATTN_ENTROPY
     enum: FASTATTN_TOP_K
     enum: FASTATTN_GRADIENT
+    enum: FASTATTN_MEAN
+    enum: FASTATTN_SOFTMAX
+    enum: FASTATTN_SIGMOID
+    enum: FASTATTN_RELU
+    enum: FASTATTN_SPARSEMAX
+    enum: FASTATTN_ENTMAX15
+    enum: FASTATTN_DOT
+    enum: FASTATTN_LEAKY
+    enum: FASTATTN_ADDITIVE
+    ctypedef void (*fastattn_score)(void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, void*) noexcept nogil
+    ctypedef void (*fastattn_score_grad)(void*, const void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                         void*) noexcept nogil
     enum: FASTATTN_TILE_ROWS
     enum: FASTATTN_TILE_KEYS
     ctypedef struct fastattn_tiles:
@@ -54,6 +66,15 @@ cdef extern from "fastattn.h" nogil:
         const int64_t* kv_lengths
         int64_t left, right
         double scale, softcap
+        int32_t normalizer
+        double shift
+        int32_t score
+        const void* w
+        const void* w_bias
+        void* grad_w
+        fastattn_score score_mod
+        fastattn_score_grad score_grad
+        void* score_data
         uint64_t seed
         uint32_t dropout
         double keep
@@ -89,13 +110,6 @@ cdef extern from "fastattn.h" nogil:
     enum: FASTATTN_GRAPH_SCORES
     enum: FASTATTN_GRAPH_LEVELS
     enum: FASTATTN_GRAPH_DELTA
-    enum: FASTATTN_GRAPH_SOFTMAX
-    enum: FASTATTN_GRAPH_SIGMOID
-    enum: FASTATTN_GRAPH_RELU
-    enum: FASTATTN_GRAPH_SPARSEMAX
-    enum: FASTATTN_GRAPH_ENTMAX15
-    enum: FASTATTN_DOT
-    enum: FASTATTN_LEAKY
     ctypedef struct fastattn_graph:
         int32_t mode, score, normalizer, wide
         int64_t n_rows, n_edges, n_tasks, H, Hkv, D, Dv

@@ -146,6 +146,21 @@ cdef void load_bias(Task* t, real* to, Py_ssize_t lane, int vectors, int64_t key
         bias_tile(t, to, lane, vectors, key, n)
 
 
+cdef void change_scores(const Task* t, real* S, Py_ssize_t lane, int vectors, int64_t key, Py_ssize_t n) noexcept nogil:
+    # the caller's function on a tile of vectors from `lane` on and n keys; a call a row where they don't follow each other
+    cdef const fastattn_problem* p = t.p
+    cdef Py_ssize_t n_lanes = min(<Py_ssize_t>vectors*VL, t.n_queries - lane)
+    cdef Py_ssize_t i
+    multiply_pass(S, vectors, n, <real>p.scale)
+    if t.stage == DERIVE:
+        copy_pass(S, t.back.before + (S - t.S), vectors, n)
+    if p.rows == NULL:
+        p.score_mod(S, t.b, t.h, t.q_begin + lane, key, n_lanes, n, LANES, p.score_data)
+        return
+    for i in range(n_lanes):
+        p.score_mod(S + i, t.b, t.h, p.rows[t.q_begin + lane + i], key, 1, n, LANES, p.score_data)
+
+
 cdef void logits(Task* t, int first, int vectors, const Operands* of, int64_t block, Py_ssize_t begin, Py_ssize_t n,
                  bint masked) noexcept nogil:
     # Final logits of vectors [first, first + vectors) and n keys from row `begin` of one block on.
@@ -154,21 +169,26 @@ cdef void logits(Task* t, int first, int vectors, const Operands* of, int64_t bl
     cdef real* S = t.S + begin*LANES + lane
     if t.few:
         few_scores(t, first, vectors, of, begin, n)
+    elif p.score == FASTATTN_ADDITIVE:
+        additive_scores(t, first, vectors, of.k + begin*of.k_row, of.k_row, S, n)
     else:
         scores(t, first, vectors, of.k + begin*of.k_row, of.k_row, S, n, True)
+    if p.score_mod != NULL:
+        change_scores(t, S, lane, vectors, block + begin, n)
     if p.softcap > 0:
-        softcap_pass(S, vectors, n, <real>p.scale, <real>p.softcap)
+        softcap_pass(S, vectors, n, <real>1 if p.score_mod != NULL else <real>p.scale, <real>p.softcap)
+        if t.stage == DERIVE:
+            softcap_slope(S, t.back.slope + begin*LANES + lane, vectors, n, <real>p.softcap)
     if t.bias != NULL:
         load_bias(t, t.bias_tile, lane, vectors, block + begin, n)
-        bias_pass(S, vectors, n, <real>1 if p.softcap > 0 else <real>p.scale, t.bias_tile)
+        bias_pass(S, vectors, n, <real>1 if t.separate else <real>p.scale, t.bias_tile)
     if masked:
         hide_pass(S, vectors, n, t.seen + begin, lane)
 
 
-cdef void weights(Task* t, int first, int vectors, const Operands* of, int64_t block, Py_ssize_t begin, Py_ssize_t n,
-                  bint masked) noexcept nogil:
-    # P by the present references for vectors [first, first + vectors) and n keys from the even row `begin` of one block on,
-    # and their sums.
+cdef void exponentials(Task* t, int first, int vectors, const Operands* of, int64_t block, Py_ssize_t begin, Py_ssize_t n,
+                       bint masked) noexcept nogil:
+    # 2^((S - base) κ) for vectors [first, first + vectors) and n keys from the even row `begin` of one block on, and their sums
     cdef const fastattn_problem* p = t.p
     cdef Py_ssize_t lane = first*VL
     cdef Py_ssize_t D = p.D//WORD
@@ -176,7 +196,7 @@ cdef void weights(Task* t, int first, int vectors, const Operands* of, int64_t b
     cdef const real* k = of.k + begin*of.k_row
     cdef real* S = t.S + begin*LANES + lane
     cdef How how
-    if p.softcap > 0 or (t.bias != NULL and D > DEPTH_WHOLE):
+    if t.separate or (t.bias != NULL and D > DEPTH_WHOLE):
         logits(t, first, vectors, of, block, begin, n, masked)
         weigh_rows(vectors, S, n, t.kappa, t.base + lane, t.total + lane, begin, True)
         return
@@ -191,6 +211,17 @@ cdef void weights(Task* t, int first, int vectors, const Operands* of, int64_t b
     else:
         fused_plain(vectors, k + d, of.k_row, t.Qt + d*LANES + lane, D - d, S, how, <real>p.scale, n, t.kappa, t.base + lane,
                     t.total + lane, begin, &t.later)
+
+
+cdef void weights(Task* t, int first, int vectors, const Operands* of, int64_t block, Py_ssize_t begin, Py_ssize_t n,
+                  bint masked) noexcept nogil:
+    # P by the present references, as `exponentials`; of a softmax their sums too
+    if t.p.normalizer <= FASTATTN_SIGMOID:
+        exponentials(t, first, vectors, of, block, begin, n, masked)
+    else:
+        logits(t, first, vectors, of, block, begin, n, masked)
+    if t.p.normalizer != FASTATTN_SOFTMAX:
+        activate(t, t.S + begin*LANES + first*VL, first*VL, vectors, n, t.seen + begin if masked else NULL)
 
 
 cdef inline void few_parts(Task* t, int first, int vectors, Operands* of, int64_t block, Py_ssize_t n,
@@ -230,6 +261,7 @@ cdef void segment(Task* t, int first, int vectors, Operands* of, int64_t block, 
                   bint masked) noexcept nogil:
     # Vectors [first, first + vectors) against parts of one block. Parts begin at even rows.
     cdef Py_ssize_t lane = first*VL
+    cdef Py_ssize_t i
     cdef int part
 
     if of.in_turn:
@@ -241,7 +273,14 @@ cdef void segment(Task* t, int first, int vectors, Operands* of, int64_t block, 
             return
         add_late(t)
         clear_block(t, first, vectors)
-    if t.few and stays_packed(t, of, masked):
+    if t.p.normalizer != FASTATTN_SOFTMAX:
+        for part in range(parts.n):
+            weights(t, first, vectors, of, block, parts.begin[part], parts.end[part] - parts.begin[part], masked)
+        for i in range(lane, lane + vectors*VL):
+            t.c[i] = 1
+        if t.p.reduce == FASTATTN_MEAN:
+            mean_weights(t, first, vectors, parts)
+    elif t.few and stays_packed(t, of, masked):
         few_whole(t, first, vectors, of, parts.end[0])
     elif not (t.settled and not t.few and finite_lanes(t.m + lane, vectors)
               and settled_segment(t, first, vectors, of, block, parts, masked)):
@@ -265,6 +304,18 @@ cdef void segment(Task* t, int first, int vectors, Operands* of, int64_t block, 
         product_t(vectors, of.v, of.v_row, t.S + lane, parts, t.Ot + lane, t.p.Dv, t.c + lane)
     if of.poisoned:
         add_poisoned(t, first, vectors, block, parts, masked)
+
+
+cdef void any_segment(Task* t, int first, int vectors, Operands* of, int64_t block, Py_ssize_t n, const Parts* parts,
+                      bint masked) noexcept nogil:
+    if t.stage == ATTEND:
+        segment(t, first, vectors, of, block, n, parts, masked)
+    elif t.stage == WEIGH:
+        weighed_segment(t, first, vectors, of, block, parts, masked)
+    elif t.stage == DERIVE:
+        gradient_segment(t, first, vectors, of, block, n, parts, masked)
+    else:
+        threshold_segment(t, first, vectors, of, block, parts, masked)
 
 
 cdef inline void expect(Rows* rows, const void* at, Py_ssize_t row, Py_ssize_t n, Py_ssize_t size) noexcept nogil:
@@ -332,7 +383,7 @@ cdef void find_operands(Task* t, int64_t block, Py_ssize_t n, bint cut, Operands
         of.k = t.packed_k if of.packs_k else <const real*>t.k + block*of.k_row
         of.v_row = p.Dv if of.packs_v else p.value.row
         of.v = t.packed_v if of.packs_v else <const real*>t.v + block*of.v_row
-    of.packs_v = of.packs_v and (not t.second or p.reduce == FASTATTN_GRADIENT)
+    of.packs_v = of.packs_v and (t.stage == ATTEND or t.stage == DERIVE)
     of.in_turn = t.packed_k == t.packed_v and of.packs_k and of.packs_v
     if of.in_turn:
         return
@@ -375,12 +426,7 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
         parts.n = 1
         parts.begin[0] = 0
         parts.end[0] = n
-        if p.reduce == FASTATTN_GRADIENT:
-            gradient_segment(t, 0, t.vectors, of, block, n, &parts, False)
-        elif t.second:
-            weighed_segment(t, 0, t.vectors, of, block, &parts, False)
-        else:
-            segment(t, 0, t.vectors, of, block, n, &parts, False)
+        any_segment(t, 0, t.vectors, of, block, n, &parts, False)
         return
     for j in range(n//2):
         both[j] = t.seen[2*j] | t.seen[2*j + 1]
@@ -408,9 +454,4 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
             g += 1
         if seen != 0:
             parts_of(fill_gaps(seen), n, &parts)
-            if p.reduce == FASTATTN_GRADIENT:
-                gradient_segment(t, first, g - first, of, block, n, &parts, True)
-            elif t.second:
-                weighed_segment(t, first, g - first, of, block, &parts, True)
-            else:
-                segment(t, first, g - first, of, block, n, &parts, True)
+            any_segment(t, first, g - first, of, block, n, &parts, True)

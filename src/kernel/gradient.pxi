@@ -37,6 +37,8 @@ cdef struct Back:
     real* row_sums                  # of dZ
     real* dK                        # [keys of the chunk][D']
     real* dV                        # [keys of the chunk][Dv']
+    real* dW                        # [D][VL] of additive scores
+    real* before                    # [BLOCK][LANES] scores before the caller's function
     bint finite                     # Q and G are
     char* looked                    # of each block of the chunk: 1 if keys and values are finite, 2 if not, 0: not known yet
 
@@ -87,7 +89,7 @@ cdef int64_t gradient_tasks(fastattn_problem* p, int64_t threads) noexcept nogil
     cdef int64_t tasks = p.B*p.Hkv//p.in_turn
     cdef int64_t most = key_blocks(p)
     cdef int64_t wanted = (most*BLOCK + CHUNK_KEYS - 1)//CHUNK_KEYS
-    if p.grad_rows != NULL:
+    if p.grad_rows != NULL or p.grad_w != NULL:
         wanted = p.parts
     elif threads > 1 and tasks < 4*threads:
         if p.left < p.S or p.right < p.S or p.mask.data != NULL or p.tiles.first != NULL or p.kv_lengths != NULL:
@@ -108,7 +110,9 @@ cdef size_t lay_out_back(Back* back, const fastattn_problem* p, char* memory) no
     back.Gt = at
     back.dS = back.Gt + aligned(p.Dv*LANES)
     back.slope = back.dS + BLOCK*LANES
-    back.dQt = back.slope + (BLOCK*LANES if p.softcap > 0 else 0)
+    back.before = back.slope + (BLOCK*LANES if p.softcap > 0 else 0)
+    back.dW = back.before + (BLOCK*LANES if p.score_mod != NULL else 0)
+    back.dQt = back.dW + (aligned(p.D*VL) if p.score == FASTATTN_ADDITIVE else 0)
     back.room = back.dQt + aligned(p.D*LANES)
     back.G = back.room + LANES*whole(p.D)
     back.delta = back.G + LANES*whole(p.Dv)
@@ -141,19 +145,6 @@ cdef void score_gradients(real* P, real* dS, int vectors, Py_ssize_t n, const re
             v_store(dS + g*VL, v_keep(x, seen[j] >> (shift + g*VL)) if seen != NULL else x)
         P += LANES
         dS += LANES
-
-
-cdef void softcap_slope(const real* S, real* slope, int vectors, Py_ssize_t n, real cap) noexcept nogil:
-    # of capped scores y: 1 - (y / cap)^2 = (1 - y / cap) (1 + y / cap)
-    cdef vf inner = v_set1(1/cap)
-    cdef vf one = v_set1(1)
-    cdef vf x
-    cdef Py_ssize_t j
-    cdef int g
-    for j in range(n):
-        for g in range(vectors):
-            x = v_mul(v_load(S + j*LANES + g*VL), inner)
-            v_store(slope + j*LANES + g*VL, v_mul(v_sub(one, x), v_add(one, x)))
 
 
 cdef void add_diagonals(Task* t, Py_ssize_t lane, Py_ssize_t last, int64_t key, Py_ssize_t n, const real* dZ) noexcept nogil:
@@ -260,22 +251,6 @@ cdef void visible(Task* t, int64_t block, Py_ssize_t n, bint masked, uint64_t* w
                     words[j] &= ~(<uint64_t>1 << i)
 
 
-cdef void capped_weights(Task* t, int first, int vectors, const Operands* of, int64_t block, Py_ssize_t begin, Py_ssize_t n,
-                         bint masked) noexcept nogil:
-    # P where a softcap is between scores and logits, and its slope
-    cdef Py_ssize_t lane = first*VL
-    cdef real* S = t.S + begin*LANES + lane
-    scores(t, first, vectors, of.k + begin*of.k_row, of.k_row, S, n, True)
-    softcap_pass(S, vectors, n, <real>t.p.scale, <real>t.p.softcap)
-    softcap_slope(S, t.back.slope + begin*LANES + lane, vectors, n, <real>t.p.softcap)
-    if t.bias != NULL:
-        load_bias(t, t.bias_tile, lane, vectors, block + begin, n)
-        bias_pass(S, vectors, n, 1, t.bias_tile)
-    if masked:
-        hide_pass(S, vectors, n, t.seen + begin, lane)
-    weigh_rows(vectors, S, n, t.kappa, t.base + lane, t.total + lane, begin, False)
-
-
 cdef bint finite_block(Task* t, const Operands* of, int64_t block, Py_ssize_t n) noexcept nogil:
     # Of all n keys and values that this block of queries sees some of; as far as known of the whole block of the chunk.
     cdef char* looked = t.back.looked + (block - t.back.first)//BLOCK
@@ -299,9 +274,11 @@ cdef void gradient_segment(Task* t, int first, int vectors, const Operands* of, 
     cdef Py_ssize_t ldv = whole(p.Dv)
     cdef uint64_t words[BLOCK]
     cdef uint64_t kept[BLOCK]
+    cdef uint64_t counted[BLOCK]
+    cdef uint64_t valid = ~<uint64_t>0 >> (64 - t.n_queries)
     cdef const uint64_t* seen = t.seen if masked else NULL
     cdef bint careful = (masked or t.bias != NULL) and not (back.finite and finite_block(t, of, block, n))
-    cdef Py_ssize_t begin, m, at
+    cdef Py_ssize_t begin, m, at, j
     cdef real* P
     cdef real* dS
     cdef int part
@@ -314,25 +291,42 @@ cdef void gradient_segment(Task* t, int first, int vectors, const Operands* of, 
         at = block + begin - back.first
         P = t.S + begin*LANES + lane
         dS = back.dS + begin*LANES + lane
-        if p.softcap > 0:
-            capped_weights(t, first, vectors, of, block, begin, m, masked)
-        else:
-            weights(t, first, vectors, of, block, begin, m, masked)
+        weights(t, first, vectors, of, block, begin, m, masked)
         chain_n(vectors, of.v + begin*of.v_row, of.v_row, back.Gt + lane, p.Dv, dS, m, True, &t.later)
         if p.dropout != 0:
             kept_lanes(t, first, vectors, block + begin, m, kept)
-        score_gradients(P, dS, vectors, m, back.delta + lane, back.trim + lane, seen + begin if seen != NULL else NULL,
-                        kept if p.dropout != 0 else NULL, <real>p.keep, lane)
+        if p.normalizer != FASTATTN_SOFTMAX:
+            slope_gradients(t, P, dS, vectors, m, back.delta + lane, seen + begin if seen != NULL else NULL,
+                            kept if p.dropout != 0 else NULL, <real>p.keep, lane)
+        else:
+            score_gradients(P, dS, vectors, m, back.delta + lane, back.trim + lane, seen + begin if seen != NULL else NULL,
+                            kept if p.dropout != 0 else NULL, <real>p.keep, lane)
         if p.grad_bias.data != NULL or p.row_grad.data != NULL:
             add_bias_gradient(t, first, vectors, block + begin, m, dS)
         if p.softcap > 0:
             scale_pass(dS, back.slope + begin*LANES + lane, vectors, m)
-        if careful:
+        if p.score_mod != NULL:
+            p.score_grad(dS, back.before + begin*LANES + lane, t.b, t.h, t.q_begin + lane, block + begin, n_lanes, m, LANES,
+                         p.score_data)
+            if seen != NULL:
+                keep_pass(dS, vectors, m, seen + begin, lane)
+        if p.score == FASTATTN_ADDITIVE:
+            if careful:
+                sum_seen_rows(P, words + begin, lane, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv)
+            else:
+                product_rows(P, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv, &t.later)
+            for j in range(m):
+                counted[j] = (seen[begin + j] if seen != NULL else t.lanes) & valid
+            additive_gradients(t, first, vectors, of.k + begin*of.k_row, of.k_row, dS, counted, m, back.dQt + lane,
+                               back.dK + at*ldk, ldk, back.dW)
+        elif careful:
             sum_seen_rows(P, words + begin, lane, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv)
             sum_seen_rows(dS, words + begin, lane, n_lanes, back.Q + lane*back.ldq, back.ldq, back.dK + at*ldk, m, ldk)
         else:
             product_rows(P, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv, &t.later)
             product_rows(dS, n_lanes, back.Q + lane*back.ldq, back.ldq, back.dK + at*ldk, m, ldk, &t.later)
+    if p.score == FASTATTN_ADDITIVE:
+        return
     if careful:
         sum_seen_keys(of.k, of.k_row, back.dS + lane, words, lane, vectors, parts, back.dQt + lane, p.D)
     else:
@@ -405,17 +399,20 @@ cdef void rows_before(Task* t, bint begins) noexcept nogil:
     cdef double x
     if p.grad_lse.data != NULL:
         grad_lse = <const real*>base_of(p, &p.grad_lse, t.b, t.h, p.cu_q, False)
-    for i in range(t.n_queries):
+    for i in range(t.n_queries if p.normalizer == FASTATTN_SOFTMAX else 0):
         x = lse[(t.q_begin + i)*p.lse.row]
         t.base[i] = <real>(x/nats) if x != -INFINITY else 0
         back.trim[i] = <real>near_one(t.base[i]*nats - x) if x != -INFINITY else 1
-    for i in range(t.n_queries, t.vectors*VL):
+    for i in range(t.n_queries if p.normalizer == FASTATTN_SOFTMAX else 0, t.vectors*VL):
         back.trim[i] = 1
-        t.base[i] = 0
+        if p.normalizer == FASTATTN_SOFTMAX:
+            t.base[i] = 0
     for i in range(LANES):
         back.ones[i] = 1
     row_products(t, g, out)
     for i in range(t.n_queries):
+        if p.normalizer != FASTATTN_SOFTMAX and not has_threshold(p):
+            back.delta[i] = 0
         if grad_lse != NULL:
             back.delta[i] = <real>(<double>back.delta[i] - grad_lse[(t.q_begin + i)*p.grad_lse.row])
         if begins:
@@ -497,6 +494,14 @@ cdef void expect_queries(Task* t, const Place* here) noexcept nogil:
     expect_array(later, p, &p.value, place.b, h_kv, p.cu_k, first, n, p.Dv)
 
 
+cdef void add_weight_gradient(const fastattn_problem* p, const Place* place, const Back* back) noexcept nogil:
+    # grad_w += dW, whose lanes are summed, for this chunk
+    cdef real* to = <real*>p.grad_w + ((place.b*p.H + place.h)*p.parts + back.chunk)*p.D
+    cdef Py_ssize_t d
+    for d in range(p.D):
+        to[d] += sum_lanes(v_load(back.dW + d*VL))
+
+
 cdef bint block_gradients(Task* t, const fastattn_problem* p, const Place* place, bint caller, void* memory) noexcept nogil:
     # One block of queries; False if the call was abandoned.
     cdef Back* back = t.back
@@ -514,7 +519,7 @@ cdef bint block_gradients(Task* t, const fastattn_problem* p, const Place* place
     if not begins <= back.chunk <= ends:
         return True
     t.back = back
-    t.second = True
+    t.stage = DERIVE
     t.cold = False
     t.begin = max(t.k_begin, back.first)
     t.end = min(t.k_end, back.end)
@@ -534,8 +539,12 @@ cdef bint block_gradients(Task* t, const fastattn_problem* p, const Place* place
     if sums != NULL:
         for i in range(LANES):
             back.row_sums[i] = sums[i*p.row_grad.row] if i < t.n_queries else 0
+    if p.score == FASTATTN_ADDITIVE:
+        memset(back.dW, 0, p.D*VL*sizeof(real))
     if not walk(t, 1, caller):
         return False
+    if p.grad_w != NULL:
+        add_weight_gradient(p, place, back)
     for i in range(LANES):
         t.c[i] = <real>p.scale if back.chunk == ends else 1
     write_out(back.dQt, t.c, t.n_queries, t.vectors, p.D, dQ, p.grad_query.row, 1, FASTATTN_REAL)

@@ -409,7 +409,7 @@ cdef void write_node(const fastattn_array* a, int64_t row, int64_t h, Py_ssize_t
 
 
 cdef inline bint is_sparse(const fastattn_graph* p) noexcept nogil:
-    return p.normalizer == FASTATTN_GRAPH_SPARSEMAX or p.normalizer == FASTATTN_GRAPH_ENTMAX15
+    return p.normalizer == FASTATTN_SPARSEMAX or p.normalizer == FASTATTN_ENTMAX15
 
 
 cdef void weigh_alone(const fastattn_graph* p, real* S, real* G, Py_ssize_t n, real m, real level, double count) noexcept nogil:
@@ -418,7 +418,7 @@ cdef void weigh_alone(const fastattn_graph* p, real* S, real* G, Py_ssize_t n, r
     cdef vf k = v_set1(<real>1.4426950408889634074)
     cdef vf b = v_set1(<real>(p.offset if p.offset == p.offset else -log(count) if count > 0 else 0.0))
     cdef vf edges = v_set1(<real>count)
-    cdef vf kappa = v_set1(<real>(0.5 if p.normalizer == FASTATTN_GRAPH_ENTMAX15 else 1.0))
+    cdef vf kappa = v_set1(<real>(0.5 if p.normalizer == FASTATTN_ENTMAX15 else 1.0))
     cdef vf base = v_set1(m)
     cdef vf threshold = v_set1(level if level != -INFINITY else INFINITY)
     cdef vf zero = v_zero()
@@ -427,18 +427,18 @@ cdef void weigh_alone(const fastattn_graph* p, real* S, real* G, Py_ssize_t n, r
     cdef Py_ssize_t i = 0
     while i < n:
         x = v_load(S + i)
-        if p.normalizer == FASTATTN_GRAPH_SIGMOID:
+        if p.normalizer == FASTATTN_SIGMOID:
             x = v_add(x, b)
             e = v_exp2(v_sub(zero, v_mul(v_max(x, v_sub(zero, x)), k)))
             g = v_add(one, e)
             x = v_div(v_where_lt(x, zero, e, one), g)       # neither side loses digits
             g = v_div(e, v_mul(g, g))
-        elif p.normalizer == FASTATTN_GRAPH_RELU:
+        elif p.normalizer == FASTATTN_RELU:
             g = v_where_lt(zero, x, v_div(one, edges), v_where_lt(x, one, zero, x))
             x = v_div(v_where_lt(x, zero, zero, x), edges)
         else:
             x = v_max(zero, v_sub(v_mul(v_sub(x, base), kappa), threshold))
-            if p.normalizer == FASTATTN_GRAPH_ENTMAX15:
+            if p.normalizer == FASTATTN_ENTMAX15:
                 g = x
                 x = v_mul(x, x)
             else:
@@ -484,7 +484,7 @@ cdef void attend_rows(Edges* t, int64_t first, const int n, int64_t h_begin, int
     cdef int64_t stop, h, at
     cdef real most, sink
     cdef real c[TWINS]
-    cdef bint by_softmax = p.normalizer == FASTATTN_GRAPH_SOFTMAX
+    cdef bint by_softmax = p.normalizer == FASTATTN_SOFTMAX
     cdef int r
     for h in range(h_begin, h_end):
         for r in range(n):
@@ -586,7 +586,7 @@ cdef void score_row(Edges* t, int64_t row, real* to, Py_ssize_t ld) noexcept nog
 
 cdef void level_of(const fastattn_graph* p, const real* S, Py_ssize_t n, real* m, double* level) noexcept nogil:
     # The maximum of n scores and the threshold from it; -inf where there is no score, NaN where one is NaN or +inf.
-    cdef bint squared = p.normalizer == FASTATTN_GRAPH_ENTMAX15
+    cdef bint squared = p.normalizer == FASTATTN_ENTMAX15
     cdef bint bad = False
     cdef Py_ssize_t i
     m[0] = largest(S, n)
@@ -635,7 +635,7 @@ cdef void attend_sparsely(Edges* t, int64_t row) noexcept nogil:
                 add_edges(t, t.S, &p.value, &p.edge_value, t.v_at, p.Dv, 1)
         begin = stop
     for h in range(p.H):
-        tau = t.m[h]*(0.5 if p.normalizer == FASTATTN_GRAPH_ENTMAX15 else 1.0) + t.l[h]
+        tau = t.m[h]*(0.5 if p.normalizer == FASTATTN_ENTMAX15 else 1.0) + t.l[h]
         write_result(p, row, h, O + h*ldo, 1, <real>tau)
     t.O = O
 
@@ -711,7 +711,7 @@ cdef void block_gradient(Edges* t, int64_t begin, int64_t end, real lse, double 
         for i in range(t.n):
             x = (t.S[i] - (t.bias[i] if p.edge_bias.data != NULL else 0))/<real>p.softcap
             t.bias[i] = (1 - x)*(1 + x)
-    if p.normalizer == FASTATTN_GRAPH_SOFTMAX:
+    if p.normalizer == FASTATTN_SOFTMAX:
         weigh_edges(t.S, t.n, lse)
         memcpy(t.G, t.S, t.n*sizeof(real))
     else:
@@ -760,7 +760,7 @@ cdef void row_gradient(Edges* t, int64_t row, real* w_grad) noexcept nogil:
         row_sums(t, row, lse, &of_dP, &of_g)
         delta = <real>(of_dP/of_g) if of_g != 0 else 0
         done = end - begin <= EDGES
-    elif p.normalizer != FASTATTN_GRAPH_SOFTMAX:
+    elif p.normalizer != FASTATTN_SOFTMAX:
         count = count_of(t, begin, end, row, t.h)
     memset(t.O, 0, whole(p.D)*sizeof(real))
     while begin < end:

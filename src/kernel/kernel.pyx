@@ -43,6 +43,8 @@ cdef enum:
     PACKED_BYTES = 262144   # that keys and values of a block may take together where they are packed
     NARROW = 3              # pairs of keys between two parts of a block that are multiplied rather than skipped
     POLL_EVERY = 8          # blocks of keys between two looks at `stop`
+    LISTED = 96             # scores of a row that may be above its threshold, and how many of a full list may still be
+    LISTED_LEFT = 72
 
 include "products.pxi"
 include "pack.pxi"
@@ -53,6 +55,8 @@ include "dropout.pxi"
 include "thresholds.pxi"
 include "few_tiles.pxi"
 include "few.pxi"
+include "additive.pxi"
+include "normalizers.pxi"
 include "block.pxi"
 include "tasks.pxi"
 include "weights.pxi"
@@ -89,6 +93,9 @@ cdef void normalise(Task* t, real* lse) noexcept nogil:
     # c = 1 / l, and the rows' log-sum-exp
     cdef Py_ssize_t i
     cdef double row_lse
+    if t.p.normalizer != FASTATTN_SOFTMAX:
+        settle_rows(t, lse)
+        return
     for i in range(t.vectors*VL):
         t.c[i] = 1/t.l[i] if t.l[i] != 0 else <real>0
     for i in range(t.n_queries):
@@ -123,14 +130,16 @@ cdef void start(Task* t) noexcept nogil:
     cdef int a
     t.block = t.begin - t.begin % BLOCK
     t.tile = t.tile_begin
-    if not t.second:
+    if t.stage == ATTEND:
         t.settled = True
         t.cut = False
-        t.some = 0
         memset(t.Ot, 0, (t.n_queries*whole(t.p.Dv) if t.few else t.p.Dv*LANES)*sizeof(real))
         for i in range(LANES):
-            t.m[i] = -INFINITY
             t.l[i] = 0
+            if t.p.normalizer == FASTATTN_SOFTMAX:
+                t.m[i] = -INFINITY
+    if t.stage != WEIGH:
+        t.some = 0
     t.later.n = 0
     expect_masks(t, t.block, min(t.end, t.block + BLOCK))
     for a in range(t.later.n):
@@ -140,7 +149,7 @@ cdef void start(Task* t) noexcept nogil:
 
 cdef bint step(Task* t) noexcept nogil:
     # the next block; False if there is none
-    cdef bint across = t.second and (t.p.reduce == FASTATTN_SUM or t.p.reduce == FASTATTN_MAX)
+    cdef bint across = t.stage == WEIGH and (t.p.reduce == FASTATTN_SUM or t.p.reduce == FASTATTN_MAX)
     if not next_block(t, &t.block):
         return False
     if across:
@@ -219,7 +228,7 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
     if p.reduce == FASTATTN_GRADIENT:
         run_gradient(p, task, caller, memory)
         return
-    if p.reduce != FASTATTN_OUTPUT:
+    if not attends(p):
         run_weights(p, task, caller, memory)
         return
     for i in range(p.together):
@@ -234,6 +243,8 @@ cdef void run(const fastattn_problem* p, int64_t n_tasks, int64_t task, int32_t 
     if n > 1:
         for i in range(n):
             each[i].next = &each[(i + 1) % n]
+    if n > 0 and finds_threshold(p) and not find_thresholds(each, caller):
+        return
     if n == 0 or not walk(each, n, caller):
         return
     for i in range(n):

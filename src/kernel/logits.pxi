@@ -13,6 +13,19 @@ cdef void softcap_pass(real* S, int vectors, Py_ssize_t n, real scale, real cap)
             v_store(S + j*LANES + g*VL, v_mul(outer, v_tanh(v_mul(inner, v_load(S + j*LANES + g*VL)))))
 
 
+cdef void softcap_slope(const real* S, real* slope, int vectors, Py_ssize_t n, real cap) noexcept nogil:
+    # of capped scores y: 1 - (y / cap)^2 = (1 - y / cap) (1 + y / cap)
+    cdef vf inner = v_set1(1/cap)
+    cdef vf one = v_set1(1)
+    cdef vf x
+    cdef Py_ssize_t j
+    cdef int g
+    for j in range(n):
+        for g in range(vectors):
+            x = v_mul(v_load(S + j*LANES + g*VL), inner)
+            v_store(slope + j*LANES + g*VL, v_mul(v_sub(one, x), v_add(one, x)))
+
+
 cdef void indexed_bias_tile(real* to, int vectors, Py_ssize_t n, const real* bias, const int64_t* rows, const int64_t* cols,
                             Py_ssize_t n_queries) noexcept nogil:
     # to[j, i] = bias[rows[i] + cols[j]]: tables over the difference of two positions of a grid. Along a row of it
@@ -116,6 +129,31 @@ cdef void scale_pass(real* S, const real* factor, int vectors, Py_ssize_t n) noe
     for j in range(n):
         for g in range(vectors):
             v_store(S + j*LANES + g*VL, v_mul(v_load(S + j*LANES + g*VL), v_load(factor + j*LANES + g*VL)))
+
+
+cdef void multiply_pass(real* S, int vectors, Py_ssize_t n, real factor) noexcept nogil:
+    cdef Py_ssize_t j
+    cdef int g
+    for j in range(n):
+        for g in range(vectors):
+            v_store(S + j*LANES + g*VL, v_mul(v_load(S + j*LANES + g*VL), v_set1(factor)))
+
+
+cdef void copy_pass(const real* S, real* to, int vectors, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j
+    cdef int g
+    for j in range(n):
+        for g in range(vectors):
+            v_store(to + j*LANES + g*VL, v_load(S + j*LANES + g*VL))
+
+
+cdef void keep_pass(real* S, int vectors, Py_ssize_t n, const uint64_t* seen, int shift) noexcept nogil:
+    # 0 where a lane does not see the key
+    cdef Py_ssize_t j
+    cdef int g
+    for j in range(n):
+        for g in range(vectors):
+            v_store(S + j*LANES + g*VL, v_keep(v_load(S + j*LANES + g*VL), seen[j] >> (shift + g*VL)))
 
 
 cdef void hide_pass(real* S, int vectors, Py_ssize_t n, const uint64_t* seen, int shift) noexcept nogil:

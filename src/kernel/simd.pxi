@@ -6,6 +6,7 @@ from libc.stdint cimport INT64_MAX, int8_t, int32_t, int64_t, uint8_t, uint16_t,
 cdef extern from "<math.h>" nogil:
     double exp(double)
     double log(double)
+    double sqrt(double)
     const double INFINITY
     const double NAN
 
@@ -56,6 +57,7 @@ cdef extern from "simd.h" nogil:
     vf v_pair(vf, vf)
     void v_zip_words(const uint16_t*, const uint16_t*, real*)
     vf v_max(vf, vf)
+    vf v_min(vf, vf)
     vf v_where_lt(vf, vf, vf, vf)
     vf v_keep(vf, uint64_t)
     vf v_hide(vf, uint64_t)

@@ -6,6 +6,14 @@ cdef struct Late
 cdef struct Back
 
 
+cdef enum Stage:
+    ATTEND                  # the output
+    FIND                    # thresholds: what could be above them of all scores
+    RAISE                   # thresholds of rows where that is too many: a step of Newton's method
+    WEIGH                   # weights, or what is reduced from them, with references that are final
+    DERIVE                  # gradients
+
+
 cdef struct Place:                  # which rows of which heads, and of few rows which keys
     int64_t b, h, q_begin, q_end
     int64_t heads                   # from h on, all of one key head
@@ -47,12 +55,13 @@ cdef struct Task:
     const uint8_t* mask
     real kappa                      # logits of S to exponents of 2; > 0
     double exact_kappa
+    bint separate                   # logits are made apart from the product: S has no scale left
     bint cold                       # few blocks of queries share these keys: worth fetching the values early
     bint settled                    # no maximum has outgrown its reference yet: worth fusing
     bint cut                        # a value was multiplied by the weight 0 of a lane that does not see its key
     bint careful                    # such values are looked at first: NaN and Inf stay with those who see them
     Ahead later
-    bint second                     # the second walk, over weights: references and sums are final
+    Stage stage                     # what this walk over the blocks is for
     uint64_t nan_rows               # lanes whose weights are NaN
     int64_t chunk
     # scratch; few: Qt is Q [LANES][D'] and Ot is O [LANES][Dv'], of whole vectors
@@ -65,6 +74,10 @@ cdef struct Task:
     real* before                    # l as it was before the block
     real* base                      # m, or 0 where it is -inf
     real* total                     # [CHAINS][LANES] sums of the block's weights
+    real* level                     # of weights that are no softmax: normalizers.pxi
+    real* listed                    # [LANES][LISTED] scores that may be above a row's threshold
+    int64_t* n_listed
+    uint64_t many                   # lanes whose list is of no use
     real* bias_tile                 # [BLOCK][LANES]
     real* lines                     # [VL][BLOCK] rows of a bias
     real* across                    # [BLOCK][VL] a block's weights, reduced over vectors of queries

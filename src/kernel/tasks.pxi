@@ -41,6 +41,11 @@ cdef inline bint are_few(const fastattn_problem* p, int64_t rows) noexcept nogil
     return 0 < rows <= (FEW if LANES > FEW else LANES) and not p.one_path and p.reduce == FASTATTN_OUTPUT and p.dropout == 0
 
 
+cdef inline bint attends(const fastattn_problem* p) noexcept nogil:
+    # whether the result is out
+    return p.reduce == FASTATTN_OUTPUT or p.reduce == FASTATTN_MEAN
+
+
 cdef inline int64_t heads_together(const fastattn_problem* p, int64_t rows) noexcept nogil:
     # Query heads of one key head in a task of few rows: a divisor of their number that the lanes can hold.
     cdef int64_t group = p.H // p.Hkv
@@ -70,7 +75,7 @@ cdef int64_t tasks(fastattn_problem* p, int64_t threads) noexcept nogil:
     p.together = 1
     if p.reduce == FASTATTN_GRADIENT:
         return gradient_tasks(p, threads)
-    if p.reduce != FASTATTN_OUTPUT:
+    if not attends(p):
         p.batch_tasks = p.H*p.chunks
         return p.B*p.batch_tasks
     for b in range(last):
@@ -200,7 +205,8 @@ cdef size_t lay_out(Task* t, const fastattn_problem* p, int64_t one, char* memor
     t.c = at
     t.before = t.c + LANES
     t.base = t.before + LANES
-    t.total = t.base + LANES
+    t.level = t.base + LANES
+    t.total = t.level + LANES
     at = t.total + CHAINS*LANES
     t.packed_v = at
     t.packed_k = at
@@ -216,8 +222,12 @@ cdef size_t lay_out(Task* t, const fastattn_problem* p, int64_t one, char* memor
     if p.bias.data != NULL:
         at += BLOCK*(LANES + VL)
     t.across = at
-    if p.reduce != FASTATTN_OUTPUT:
+    if not attends(p):
         at += BLOCK*VL
+    t.listed = at
+    t.n_listed = <int64_t*>(at + LANES*LISTED)
+    if finds_threshold(p):
+        at += LANES*LISTED + 2*LANES
     t.Ob = at
     at += aligned(whole(p.Dv)*LANES)
     t.sums = at
@@ -244,6 +254,7 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, int64_
     cdef int64_t n_keys, h_kv, at
     cdef const char* q
     cdef double kappa
+    cdef double unit = 1
     cdef real sign = 1
     t.p = p
     t.place = place[0]
@@ -253,7 +264,7 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, int64_
     t.few = place.few
     t.heads = place.heads
     t.q_begin = place.q_begin
-    t.second = False
+    t.stage = ATTEND
     t.each = place.q_end - place.q_begin
     if p.query_lengths != NULL and p.rows == NULL:
         t.each = max(<int64_t>0, min(t.each, p.query_lengths[t.b] - t.q_begin))
@@ -315,9 +326,13 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, int64_
     lay_out(t, p, one, <char*>memory)
 
     # The scale joins the exponent. Its sign goes into Q, exactly, so that the largest score has the largest exponent; where a
-    # softcap or a bias makes logits of the scores, they apply it and the exponent keeps log2 e.
+    # softcap, a bias or the caller makes logits of the scores, they apply it and the exponent keeps log2 e.
     kappa = 1.4426950408889634
-    if p.softcap == 0 and t.bias == NULL:
+    t.separate = p.softcap > 0 or p.score_mod != NULL or p.score != FASTATTN_DOT
+    if p.normalizer != FASTATTN_SOFTMAX:
+        unit = unit_of(p, t.separate or t.bias != NULL, &sign)
+        kappa = kappa_of(p, unit, n_keys)
+    elif not t.separate and t.bias == NULL:
         sign = -1 if p.scale < 0 else 1
         kappa *= 0.25*p.scale*sign
         if kappa > 0.25*REAL_MAX:           # past the largest number: a power of two goes into Q as well
@@ -332,6 +347,8 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, int64_
             sign = 0
     t.kappa = <real>kappa
     t.exact_kappa = kappa
+    if p.normalizer != FASTATTN_SOFTMAX:
+        set_references(t, unit, n_keys)
     if t.few:
         few_queries(t, q, sign)
         for at in range(2):
@@ -340,5 +357,7 @@ cdef bint prepare(Task* t, const fastattn_problem* p, const Place* place, int64_
     else:
         pack_queries(q + t.q_begin*p.query.row*v_size(p.query.kind), p.query.row, p.query.col, p.query.kind, t.n_queries,
                      t.vectors, p.D//WORD, sign, t.Qt)
+        if p.score == FASTATTN_ADDITIVE and p.w_bias != NULL:
+            add_to_queries(t)
     t.careful = False
     return True

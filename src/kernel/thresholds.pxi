@@ -3,8 +3,9 @@
 #     y_j = (s_j - m) κ,  m = max s      κ = scale, or scale / 2 where squared
 #     t in [-1, 0):  sum_j max(y_j - t, 0) = 1, or of the squares; those terms are the weights
 #
-# The sum falls with t and is convex, so Newton's steps from -1, where it is at least 1, only ever rise to the solution, and for
-# sparsemax end after finitely many. Relative to the maximum, because m + t would lose t where scores are large.
+# The sum, or where squared its root, which is the norm of the terms, falls with t and is convex. So Newton's steps from -1,
+# where it is at least 1, only ever rise to the solution; one step would do if all scores were equal (of the sum of squares
+# many: each halves the distance). Relative to the maximum, because m + t would lose t where scores are large.
 
 cdef inline real sum_lanes(vf x) noexcept nogil:
     cdef real lanes[VL]
@@ -18,9 +19,10 @@ cdef inline real sum_lanes(vf x) noexcept nogil:
     return lanes[0]
 
 
-cdef inline double newton_step(double t, double total, double slope) noexcept nogil:
-    # total = sum of the weights at t, slope = -its derivative; t where it can't rise
-    cdef double next = t + (total - 1)/slope
+cdef inline double newton_step(double t, double total, double slope, bint squared) noexcept nogil:
+    # total: the sum of the terms, or of their squares; slope: their number, or their sum. t where it can't rise.
+    cdef double root = sqrt(total)
+    cdef double next = t + ((root - 1)*root if squared else total - 1)/slope
     return next if next > t else t
 
 
@@ -45,7 +47,7 @@ cdef double threshold_of(const real* S, Py_ssize_t n, real m, real kappa, bint s
                     x = v_keep(x, (<uint64_t>1 << (n - i)) - 1)
                 x = v_max(x, v_zero())
                 if squared:
-                    slope = v_add(slope, v_add(x, x))
+                    slope = v_add(slope, x)
                     total = v_fma(x, x, total)
                 else:
                     slope = v_add(slope, v_where_lt(v_zero(), x, one, v_zero()))
@@ -53,7 +55,7 @@ cdef double threshold_of(const real* S, Py_ssize_t n, real m, real kappa, bint s
                 i += VL
             all_total += sum_lanes(total)
             all_slope += sum_lanes(slope)
-        next = newton_step(t, all_total, all_slope)
+        next = newton_step(t, all_total, all_slope, squared)
         if <real>next <= <real>t:
             return next
         t = next

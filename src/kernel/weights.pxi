@@ -108,7 +108,7 @@ cdef void keep_largest(Task* t, int first, int vectors, int64_t block, Py_ssize_
 
 cdef void weighed_segment(Task* t, int first, int vectors, const Operands* of, int64_t block, const Parts* parts,
                           bint masked) noexcept nogil:
-    # As `segment`, on the second walk.
+    # As `segment`, with references that are final.
     cdef const fastattn_problem* p = t.p
     cdef const fastattn_array* result = &p.result
     cdef Py_ssize_t lane = first*VL
@@ -117,14 +117,16 @@ cdef void weighed_segment(Task* t, int first, int vectors, const Operands* of, i
     for part in range(parts.n):
         begin = parts.begin[part]
         n = parts.end[part] - begin
-        if p.reduce == FASTATTN_ENTROPY or p.reduce == FASTATTN_TOP_K:
+        if p.reduce == FASTATTN_TOP_K or (p.reduce == FASTATTN_ENTROPY and p.normalizer == FASTATTN_SOFTMAX):
             logits(t, first, vectors, of, block, begin, n, masked)
         else:
             weights(t, first, vectors, of, block, begin, n, masked)
         if p.reduce == FASTATTN_TOP_K:
             keep_largest(t, first, vectors, block, begin, n)
-    if p.reduce == FASTATTN_ENTROPY:
+    if p.reduce == FASTATTN_ENTROPY and p.normalizer == FASTATTN_SOFTMAX:
         add_entropy(t, first, vectors, parts)
+    elif p.reduce == FASTATTN_ENTROPY:
+        add_plain_entropy(t, first, vectors, parts)
     if p.reduce == FASTATTN_ENTROPY or p.reduce == FASTATTN_TOP_K:
         return
     if t.nan_rows != 0:
@@ -151,14 +153,18 @@ cdef void finish_weights(Task* t) noexcept nogil:
         indices += offset(p, &p.indices, t.b, t.h, NULL) + t.q_begin*p.indices.row
     for i in range(t.n_queries):
         c = NAN if t.nan_rows >> i & 1 else t.c[i]
-        if p.reduce == FASTATTN_ENTROPY:
+        if p.reduce == FASTATTN_ENTROPY and p.normalizer != FASTATTN_SOFTMAX:
+            out[i*p.result.row] = t.total[i] if c == c else NAN
+        elif p.reduce == FASTATTN_ENTROPY:
             out[i*p.result.row] = <real>(0 - c*(ln2*t.total[i] + t.l[i]*log(c))) if c != 0 else 0
         elif p.reduce == FASTATTN_TOP_K:
             for r in range(p.k):        # a row that is NaN has no order
                 at = t.top_at[i*p.k + r] if c == c else -1
                 indices[i*p.indices.row + r] = at
                 out[i*p.result.row + r] = NAN if c != c else 0
-                if at >= 0:
+                if at >= 0 and p.normalizer != FASTATTN_SOFTMAX:
+                    out[i*p.result.row + r] = <real>weight_of(t, i, t.top[i*p.k + r])
+                elif at >= 0:
                     out[i*p.result.row + r] = <real>(c*exp((<double>t.top[i*p.k + r] - t.base[i])*t.kappa*ln2))
 
 
@@ -181,10 +187,12 @@ cdef void run_weights(const fastattn_problem* p, int64_t task, bint caller, void
         t.chunk = task % p.chunks
         t.later.at = 0
         t.later.n_next = 0
-        if not walk(&t, 1, caller):
+        t.nan_rows = 0
+        if p.normalizer == FASTATTN_SOFTMAX and not walk(&t, 1, caller):
+            return
+        if finds_threshold(p) and not find_thresholds(&t, caller):
             return
         normalise(&t, NULL)
-        t.nan_rows = 0
         for i in range(t.vectors*VL):
             if t.c[i] != t.c[i]:
                 t.nan_rows |= <uint64_t>1 << i
@@ -193,7 +201,7 @@ cdef void run_weights(const fastattn_problem* p, int64_t task, bint caller, void
         for i in range(LANES*p.k):
             t.top[i] = -INFINITY
             t.top_at[i] = -1
-        t.second = True
+        t.stage = WEIGH
         if not walk(&t, 1, caller):
             return
         finish_weights(&t)
