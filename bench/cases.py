@@ -240,6 +240,17 @@ TRAINING_OVER_TORCH = 2.0  # attention's part of training
 MODEL_LENGTHS = (512, 1024)
 MODEL_TOLERANCE = 5e-6  # of the largest value of the output
 
+# Attention along the edges of a graph, against the layers of PyTorch Geometric: forward; forward and backward.
+GRAPH = 100_000, 1_000_000, 4, 32  # nodes, edges, heads, head size
+SHORT_GRAPH = 500, 5_000, 2, 16
+GRAPH_KINDS = ("random", "power law")
+GRAPH_LAYERS = ("dot products", "GAT", "GATv2")
+GRAPH_OVER_PEER = 5.0, 3.0
+GRAPH_TOLERANCE = 1e-4  # of the largest value: the peer adds the edges of a hub one by one in float32
+FULL_TOLERANCE = 1e-5  # against dense attention, or the reference
+FULL_GRAPHS = (512, 8, 64), (512, 4, 32), (512, 1, 64)  # rows, heads, head size
+FULL_OVER_DENSE = 6.0
+
 # Other normalizers and scores.
 NORMALIZER_ROWS = [Row(1, 8, 2048, 64, causal) for causal in BOTH] + [Row(8, 8, 512, 64)]
 NORMALIZER_OVER_SOFTMAX = {"softmax1": 1.1, "sigmoid": 1.1, "relu": 1.1, "sparsemax": 3.0, "entmax15": 3.0}

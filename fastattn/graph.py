@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _runtime, checks, gradient
+from .checks import ENTMAX15, RELU, SIGMOID, SOFTMAX, SPARSEMAX
 
-OUTPUT, GRADIENT, SUM = range(3)    # modes of a call, as in fastattn.h
+OUTPUT, GRADIENT, SUM, SCORES, LEVELS, DELTA = range(6)             # modes of a call, as in fastattn.h
 DOT, LEAKY = range(2)               # scores
 TASK = 4096                         # edges of a task; a row counts for ROW more
 ROW = 8
@@ -124,10 +125,11 @@ def _by_rows(targets, sources, n):
 class Call:
     """One call of the kernel: what fastattn_graph in fastattn.h has, arrays (n, H, columns) and (n, H)."""
 
-    __slots__ = ("mode", "score", "bits", "H", "Hkv", "D", "Dv", "query", "key", "value", "out", "edge_bias",
-                 "edge_key", "edge_value", "lse", "delta", "grad_out", "grad_query", "w", "begin", "end", "rows",
-                 "order", "cuts", "source", "sinks", "weights", "grad_scores", "grad_bias", "grad_w", "scale",
-                 "softcap", "slope", "keep", "seed", "dropout", "num_threads")
+    __slots__ = ("mode", "score", "normalizer", "offset", "bits", "H", "Hkv", "D", "Dv", "query", "key", "value", "out",
+                 "edge_bias", "edge_key", "edge_value", "lse", "delta", "grad_out", "grad_query", "w", "begin", "end",
+                 "rows", "order", "cuts", "source", "sinks", "weights", "grad_scores", "grad_bias", "grad_w",
+                 "longest", "counts", "scores", "first_score", "pairs", "scale", "softcap", "slope", "keep", "seed",
+                 "dropout", "num_threads")
 
     def __init__(self, **values):
         for name in self.__slots__:
@@ -159,25 +161,66 @@ def _parts(graph):
 def run(call, graph, results, merge):
     """Run a call over the rows of a graph. `results`: names of arrays with a row for each target. Parts of long rows go
     to arrays of their own, which merge(row, arrays) joins. Returns the gradient of `w`, if it is wanted."""
-    long, begin, end, rows = _parts(graph)
     whole, starts = graph.end.copy(), np.ascontiguousarray(graph.begin)
-    whole[long] = starts[long]
     call.order, call.source = graph.order, graph.source
+    if kernel.get() is not _runtime.graph or _runtime.plain is None:        # the reference: rows are whole
+        return _run(call, begin=starts, end=whole, cuts=np.array([0, len(starts)]))
+    long, begin, end, rows = _parts(graph)
+    whole[long] = starts[long]
     of_w = _run(call, begin=starts, end=whole, cuts=_cuts(starts, whole))
     if not len(long):
         return of_w
     dtype = checks.compute_dtype(call.query.dtype)
     pieces = {name: np.zeros((len(rows), *getattr(call, name).shape[1:]), dtype) for name in results}
-    more = _run(call, begin=begin, end=end, rows=rows.astype(np.int64), cuts=np.arange(len(rows) + 1), sinks=None,
-                **pieces)
+    parts = call.but(begin=begin, end=end, rows=rows.astype(np.int64), cuts=np.arange(len(rows) + 1), sinks=None)
+    if call.mode != SUM and call.normalizer in (SIGMOID, RELU):
+        parts.counts = _counts(call, graph, long)[np.searchsorted(long, rows)]
+    elif call.mode != SUM and call.normalizer in (SPARSEMAX, ENTMAX15):
+        (_find_levels if call.mode == OUTPUT else _find_deltas)(parts, long, dtype)
+    more = _run(parts, **pieces)
     for row in long:
         at = rows == row
         merge(row, {name: array[at] for name, array in pieces.items()})
     return None if of_w is None else of_w + more
 
 
+def _counts(call, graph, long):
+    """How many edges of long rows count, (rows, H)."""
+    counts = np.empty((len(long), call.H))
+    for n, row in zip(counts, long):
+        at = slice(graph.begin[row], graph.end[row])
+        n[...] = at.stop - at.start
+        if call.edge_bias is not None:
+            n -= (call.edge_bias[at if graph.order is None else graph.order[at]] == -np.inf).sum(axis=0)
+    return counts
+
+
+def _find_levels(parts, long, dtype):
+    """Give the parts of long rows their scores and thresholds."""
+    ends = np.cumsum(parts.end - parts.begin)
+    parts.first_score = ends - (parts.end - parts.begin)
+    parts.scores = np.empty((parts.H, ends[-1]), dtype)
+    _run(parts, mode=SCORES)
+    rows = np.searchsorted(parts.rows, long), np.searchsorted(parts.rows, long, "right") - 1
+    levels = np.empty((len(long), parts.H, 2))
+    _run(parts, mode=LEVELS, begin=parts.first_score[rows[0]], end=ends[rows[1]], pairs=levels,
+         cuts=np.arange(len(long) * parts.H + 1))
+    parts.pairs = levels[np.searchsorted(long, parts.rows)]
+
+
+def _find_deltas(parts, long, dtype):
+    """Write the long rows' delta."""
+    sums = np.empty((len(parts.rows), parts.H, 2))
+    _run(parts, mode=DELTA, pairs=sums)
+    for row in long:
+        of_dp, of_g = sums[parts.rows == row].sum(axis=0).T
+        with np.errstate(all="ignore"):
+            parts.delta[row] = np.where(of_g == 0, 0, of_dp / of_g)
+
+
 def _run(call, **values):
     call = call.but(**values)
+    call.longest = int((call.end - call.begin).max(initial=0))
     if call.mode == GRADIENT and call.score == LEAKY:
         dtype = checks.compute_dtype(call.query.dtype)
         call.grad_w = np.zeros((max(1, len(call.cuts) - 1), call.H, -(-call.D // 16) * 16), dtype)
@@ -185,8 +228,11 @@ def _run(call, **values):
     return None if call.grad_w is None else call.grad_w.sum(axis=0, dtype=np.float64)[:, : call.D]
 
 
-def _merge_softmax(out, lse, sinks):
+def _merge_softmax(out, lse, sinks, normalizer):
     def merge(row, parts):
+        if normalizer != SOFTMAX:
+            out[row], lse[row] = parts["out"].sum(axis=0, dtype=np.float64), parts["lse"].max(axis=0)
+            return
         outs, lses = parts["out"].astype(np.float64), parts["lse"].astype(np.float64)
         if sinks is not None:
             outs = np.concatenate([outs, np.zeros_like(outs[:1])])
@@ -215,8 +261,12 @@ def _edge_array(name, array, shape, dtype, inside):
     return np.broadcast_to(array, shape)
 
 
-def _call(query, key, value, graph, *, edge_bias, edge_key, edge_value, w=None, slope=0.0, saved=None, **options):
+def _call(query, key, value, graph, *, edge_bias, edge_key, edge_value, w=None, slope=0.0, saved=None,
+          normalizer="softmax", **options):
     """(Graph, Call, checked problem) of a forward or, with saved = (grad_out, out, lse), a backward pass."""
+    normalizer, offset, has_sink = checks.parse_normalizer(normalizer, options.get("sinks"))
+    if normalizer != SOFTMAX and options.get("grad_lse") is not None:
+        raise ValueError("grad_lse must be None where the normalizer is no softmax, got an array")
     graph = graph if isinstance(graph, Graph) else Graph(graph)
     query, key, value = (checks._array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     packed = [0, len(query) if query.ndim else 0], [0, len(key) if key.ndim else 0]
@@ -232,7 +282,9 @@ def _call(query, key, value, graph, *, edge_bias, edge_key, edge_value, w=None, 
     call = Call(mode=OUTPUT, score=DOT if w is None else LEAKY, bits=64 if dtype == np.float64 else 32, H=H, Hkv=Hkv,
                 D=query.shape[2], Dv=value.shape[2], query=query, key=key, value=value, scale=p.scale, slope=slope,
                 softcap=p.softcap, keep=p.keep, seed=p.seed, dropout=p.dropout, sinks=p.sinks,
-                num_threads=p.num_threads, w=None if w is None else w[None])
+                num_threads=p.num_threads, w=None if w is None else w[None], normalizer=normalizer, offset=offset)
+    if has_sink:
+        call.sinks = np.zeros(H, inside)
     if edge_bias is not None:
         call.edge_bias = _edge_array("edge_bias", edge_bias, (E, H), dtype, inside)
     for name, array, columns in (("edge_key", edge_key, call.D), ("edge_value", edge_value, call.Dv)):
@@ -245,12 +297,13 @@ def _forward(*arrays, return_lse=False, **options):
     return_lse = checks._boolean("return_lse", return_lse)
     graph, call, p = _call(*arrays, **options)
     call.out, call.lse = p.returned, p.returned_lse
-    run(call, graph, ("out", "lse"), _merge_softmax(call.out, call.lse, call.sinks))
+    run(call, graph, ("out", "lse"), _merge_softmax(call.out, call.lse, call.sinks, call.normalizer))
     return (call.out, call.lse) if return_lse else call.out
 
 
 def graph_attention(query, key, value, graph, *, edge_bias=None, edge_key=None, edge_value=None, scale=None,
-                    softcap=None, sinks=None, dropout_p=0.0, seed=None, out=None, return_lse=False, num_threads=None):
+                    softcap=None, sinks=None, normalizer="softmax", dropout_p=0.0, seed=None, out=None,
+                    return_lse=False, num_threads=None):
     """Scaled dot-product attention of each target to the sources of its edges.
 
     For an edge e from source j to target i, in each head::
@@ -271,44 +324,63 @@ def graph_attention(query, key, value, graph, *, edge_bias=None, edge_key=None, 
         In the order of the graph's ``data``. -inf leaves the edge out.
     edge_key, edge_value : arrays (E, Hkv, D) and (E, Hkv, Dv), or with 1 or no axis of heads, optional
         Features of the edges.
+    normalizer : str, or ("sigmoid", b)
+        What makes weights p of the scores s of a target's n edges (but those whose bias is -inf):
+
+        - "softmax"; "softmax1" has one more score of 0 in the denominator, a sink without a value
+        - "sigmoid": p = 1 / (1 + exp(-(s + b))), b = -log n unless given
+        - "relu": p = max(s, 0) / n
+        - "sparsemax": p = max(s - tau, 0) and "entmax15": p = max(s / 2 - tau, 0)^2, with the tau for which their sum
+          is 1: many weights are exactly 0
     scale, softcap, sinks, dropout_p, seed, out, return_lse, num_threads : optional
-        As in `attention`. Dropout counts edges in the order of ``data``.
+        As in `attention`. Dropout counts edges in the order of ``data``. Sinks are for "softmax".
 
     Returns
     -------
     array (targets, H, Dv) of query's dtype; with `return_lse` also (targets, H), float64 for float64, else float32
-        0 and -inf for targets without edges.
+        0 and -inf for targets without edges. In the place of the log-sum-exp, "sparsemax" and "entmax15" have tau,
+        "sigmoid" and "relu" 0.
 
     Raises
     ------
     TypeError, ValueError, MemoryError
-        As `attention`; for a graph of another shape or with indices out of range, edge arrays that do not fit.
+        As `attention`; for a graph of another shape or with indices out of range, edge arrays that do not fit, sinks
+        with a normalizer that has no place for them.
 
     Notes
     -----
     2 E H (D + Dv) floating-point operations. Targets with more than 16384 edges are done in parts, so that they too are
-    shared between threads; the bits of a row depend on its own edges and their order alone.
+    shared between threads; the bits of a row depend on its own edges and their order alone. For tau the scores of a
+    target are kept, of all heads, in the scratch of a thread or, where it is done in parts, in an array of their own.
 
     References
     ----------
     Velickovic et al., "Graph Attention Networks", 2018; Shi et al., "Masked Label Prediction" (TransformerConv), 2021.
+    Martins and Astudillo, "From Softmax to Sparsemax", 2016; Peters, Niculae and Martins, "Sparse Sequence-to-Sequence
+    Models" (entmax), 2019; Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid Self-Attention", 2024.
 
     Examples
     --------
     >>> import numpy as np, scipy.sparse
     >>> import fastattn as fa
     >>> query, key, value = np.zeros((2, 1, 4)), np.zeros((3, 1, 4)), np.array([[[1.0]], [[3.0]], [[5.0]]])
-    >>> fa.graph_attention(query, key, value, scipy.sparse.csr_array([[1, 1, 0], [0, 0, 0]]))[:, 0]
+    >>> graph = fa.Graph(scipy.sparse.csr_array([[1, 1, 0], [0, 0, 0]]))
+    >>> fa.graph_attention(query, key, value, graph)[:, 0]
     array([[2.],
            [0.]])
+
+    Scores 0 and 0.5, and weights 1/4 and 3/4:
+
+    >>> fa.graph_attention(query, key, value, graph, edge_bias=np.array([0.0, 0.5]), normalizer="sparsemax")[0, 0]
+    array([2.5])
     """
     return _forward(query, key, value, graph, edge_bias=edge_bias, edge_key=edge_key, edge_value=edge_value,
-                    scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p, seed=seed, out=out,
-                    return_lse=return_lse, num_threads=num_threads)
+                    scale=scale, softcap=softcap, sinks=sinks, normalizer=normalizer, dropout_p=dropout_p, seed=seed,
+                    out=out, return_lse=return_lse, num_threads=num_threads)
 
 
-def gat_attention(source, target, value, graph, *, negative_slope=0.2, edge_logits=None, dropout_p=0.0, seed=None,
-                  out=None, return_lse=False, num_threads=None):
+def gat_attention(source, target, value, graph, *, negative_slope=0.2, edge_logits=None, normalizer="softmax",
+                  dropout_p=0.0, seed=None, out=None, return_lse=False, num_threads=None):
     """Attention with the scores of GAT, LeakyReLU(source[j] + target[i] + edge_logits[e]).
 
     Parameters
@@ -321,7 +393,7 @@ def gat_attention(source, target, value, graph, *, negative_slope=0.2, edge_logi
         Of the LeakyReLU, at least 0.
     edge_logits : array (E,) or (E, H), optional
         In the order of the graph's ``data``.
-    dropout_p, seed, out, return_lse, num_threads : optional
+    normalizer, dropout_p, seed, out, return_lse, num_threads : optional
         As in `graph_attention`.
 
     Returns, Raises
@@ -341,12 +413,12 @@ def gat_attention(source, target, value, graph, *, negative_slope=0.2, edge_logi
     array([[[2.]]])
     """
     query, key, options = _gat(source, target, negative_slope, edge_logits)
-    return _forward(query, key, value, graph, dropout_p=dropout_p, seed=seed, out=out, return_lse=return_lse,
-                    num_threads=num_threads, **options)
+    return _forward(query, key, value, graph, normalizer=normalizer, dropout_p=dropout_p, seed=seed, out=out,
+                    return_lse=return_lse, num_threads=num_threads, **options)
 
 
-def gatv2_attention(source, target, weight, graph, *, value=None, negative_slope=0.2, edge_features=None, dropout_p=0.0,
-                    seed=None, out=None, return_lse=False, num_threads=None):
+def gatv2_attention(source, target, weight, graph, *, value=None, negative_slope=0.2, edge_features=None,
+                    normalizer="softmax", dropout_p=0.0, seed=None, out=None, return_lse=False, num_threads=None):
     """Attention with the scores of GATv2, weight . LeakyReLU(source[j] + target[i] + edge_features[e]).
 
     Parameters
@@ -361,7 +433,7 @@ def gatv2_attention(source, target, weight, graph, *, value=None, negative_slope
         Of the LeakyReLU, at least 0.
     edge_features : array (E, H, D), or with 1 or no axis of heads, optional
         In the order of the graph's ``data``.
-    dropout_p, seed, out, return_lse, num_threads : optional
+    normalizer, dropout_p, seed, out, return_lse, num_threads : optional
         As in `graph_attention`.
 
     Returns, Raises
@@ -381,8 +453,8 @@ def gatv2_attention(source, target, weight, graph, *, value=None, negative_slope
     array([[[2.]]])
     """
     query, key, options = _additive(target, source, weight, negative_slope, edge_features)
-    return _forward(query, key, key if value is None else value, graph, dropout_p=dropout_p, seed=seed, out=out,
-                    return_lse=return_lse, num_threads=num_threads, **options)
+    return _forward(query, key, key if value is None else value, graph, normalizer=normalizer, dropout_p=dropout_p,
+                    seed=seed, out=out, return_lse=return_lse, num_threads=num_threads, **options)
 
 
 class GraphGradients(NamedTuple):
@@ -431,8 +503,9 @@ def _backward(grad_out, query, key, value, out, lse, graph, *, edge_bias, edge_k
     call.mode, call.grad_out = GRADIENT, checks._array("grad_out", grad_out)
     call.lse, call.grad_query = checks._array("lse", lse), p.returned["query"]
     out = checks._array("out", out)
-    call.delta = p.returned["delta"]        # minus grad_lse so far
-    call.delta += np.einsum("thd,thd->th", call.grad_out, out, dtype=inside)
+    call.delta = p.returned["delta"]        # minus grad_lse so far; 0 for sigmoid and relu, and the thresholds' to come
+    if call.normalizer == SOFTMAX:
+        call.delta += np.einsum("thd,thd->th", call.grad_out, out, dtype=inside)
     call.weights, call.grad_scores, call.grad_bias = np.zeros((3, E, call.H), inside)
     of_w = run(call, graph, ("grad_query",), _add_parts(call.grad_query))
 
@@ -457,7 +530,7 @@ def _backward(grad_out, query, key, value, out, lse, graph, *, edge_bias, edge_k
             rows = _outer(call, call.grad_scores, call.query[at])
         else:
             inner = call.query[at] + call.key[graph.sources()] + call.edge_key
-            rows = call.grad_scores[..., None] * call.w[0] * np.where(inner < 0, inner.dtype.type(call.slope), 1)
+            rows = call.grad_scores[..., None] * call.w[0] * np.where(inner > 0, 1, inner.dtype.type(call.slope))
         of_edges["edge_key"] = _of_edges(rows, edge_key)
     return gradient.gradients(p, query, key, value, None, sinks), of_w, of_edges
 
@@ -465,7 +538,7 @@ def _backward(grad_out, query, key, value, out, lse, graph, *, edge_bias, edge_k
 def _outer(call, weights, rows):
     """weights (E, H) times rows (E, H, columns), summed over the query heads of each key head."""
     full = weights[..., None] * rows
-    return full.reshape(len(full), call.Hkv, -1, full.shape[-1]).sum(axis=2)
+    return full.reshape(len(full), call.Hkv, call.H // max(1, call.Hkv), full.shape[-1]).sum(axis=2)
 
 
 def _of_edges(full, given):
@@ -479,8 +552,8 @@ def _of_edges(full, given):
 
 
 def graph_attention_backward(grad_out, query, key, value, out, lse, graph, *, grad_lse=None, edge_bias=None,
-                             edge_key=None, edge_value=None, scale=None, softcap=None, sinks=None, dropout_p=0.0,
-                             seed=None, num_threads=None):
+                             edge_key=None, edge_value=None, scale=None, softcap=None, sinks=None, normalizer="softmax",
+                             dropout_p=0.0, seed=None, num_threads=None):
     """Gradients of `graph_attention`: what each input changes in sum(grad_out * out) + sum(grad_lse * lse).
 
     Parameters
@@ -491,6 +564,7 @@ def graph_attention_backward(grad_out, query, key, value, out, lse, graph, *, gr
     out, lse : arrays
         What ``graph_attention(..., return_lse=True)`` returned.
     grad_lse : array (targets, H) of lse's dtype, optional
+        For normalizers "softmax" and "softmax1" only.
 
     Returns
     -------
@@ -500,12 +574,14 @@ def graph_attention_backward(grad_out, query, key, value, out, lse, graph, *, gr
     Raises
     ------
     TypeError, ValueError, MemoryError
-        As `graph_attention`, and for grad_out, out, lse or grad_lse of another dtype or shape.
+        As `graph_attention`, and for grad_out, out, lse or grad_lse of another dtype or shape; for grad_lse with a
+        normalizer that has no log-sum-exp.
 
     Notes
     -----
     Three numbers are kept for each edge and head; nothing of edges x head size but the gradients of edge_key and
-    edge_value. Every sum has one order, whatever the number of threads.
+    edge_value. Every sum has one order, whatever the number of threads. Where a weight is 0 at the edge of its support,
+    or a score of "relu" is 0, the derivative is that from the side of 0.
 
     Examples
     --------
@@ -519,8 +595,8 @@ def graph_attention_backward(grad_out, query, key, value, out, lse, graph, *, gr
     """
     of, _, of_edges = _backward(
         grad_out, query, key, value, out, lse, graph, grad_lse=grad_lse, edge_bias=edge_bias, edge_key=edge_key,
-        edge_value=edge_value, scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p, seed=seed,
-        num_threads=num_threads)
+        edge_value=edge_value, scale=scale, softcap=softcap, sinks=sinks, normalizer=normalizer, dropout_p=dropout_p,
+        seed=seed, num_threads=num_threads)
     return GraphGradients(of.query, of.key, of.value, **of_edges, sinks=of.sinks)
 
 
@@ -556,7 +632,7 @@ def _gat(source, target, negative_slope, edge_logits):
 
 
 def gat_attention_backward(grad_out, source, target, value, out, lse, graph, *, grad_lse=None, negative_slope=0.2,
-                           edge_logits=None, dropout_p=0.0, seed=None, num_threads=None):
+                           edge_logits=None, normalizer="softmax", dropout_p=0.0, seed=None, num_threads=None):
     """Gradients of `gat_attention`, as `graph_attention_backward` has those of `graph_attention`.
 
     Parameters
@@ -579,21 +655,23 @@ def gat_attention_backward(grad_out, source, target, value, out, lse, graph, *, 
     --------
     >>> import numpy as np, scipy.sparse
     >>> import fastattn as fa
-    >>> source, target, value = np.zeros((2, 1)), np.zeros((1, 1)), np.array([[[1.0]], [[3.0]]])
+    >>> source, target, value = np.zeros((2, 1)), np.ones((1, 1)), np.array([[[1.0]], [[3.0]]])
     >>> graph = fa.Graph(scipy.sparse.csr_array([[1, 1]]))
     >>> out, lse = fa.gat_attention(source, target, value, graph, return_lse=True)
     >>> fa.gat_attention_backward(np.ones((1, 1, 1)), source, target, value, out, lse, graph).source[:, 0]
     array([-0.5,  0.5])
     """
     query, key, options = _gat(source, target, negative_slope, edge_logits)
-    of, _, of_edges = _backward(grad_out, query, key, value, out, lse, graph, grad_lse=grad_lse, dropout_p=dropout_p,
-                                seed=seed, num_threads=num_threads, **options)
+    of, _, of_edges = _backward(
+        grad_out, query, key, value, out, lse, graph, grad_lse=grad_lse, normalizer=normalizer, dropout_p=dropout_p,
+        seed=seed, num_threads=num_threads, **options)
     logits = of_edges["edge_key"]
     return GATGradients(of.key[..., 0], of.query[..., 0], of.value, None if logits is None else logits[..., 0])
 
 
 def gatv2_attention_backward(grad_out, source, target, weight, out, lse, graph, *, grad_lse=None, value=None,
-                             negative_slope=0.2, edge_features=None, dropout_p=0.0, seed=None, num_threads=None):
+                             negative_slope=0.2, edge_features=None, normalizer="softmax", dropout_p=0.0, seed=None,
+                             num_threads=None):
     """Gradients of `gatv2_attention`, as `graph_attention_backward` has those of `graph_attention`.
 
     Parameters
@@ -624,8 +702,8 @@ def gatv2_attention_backward(grad_out, source, target, weight, out, lse, graph, 
     """
     query, key, options = _additive(target, source, weight, negative_slope, edge_features)
     of, of_w, of_edges = _backward(
-        grad_out, query, key, key if value is None else value, out, lse, graph, grad_lse=grad_lse, dropout_p=dropout_p,
-        seed=seed, num_threads=num_threads, **options)
+        grad_out, query, key, key if value is None else value, out, lse, graph, grad_lse=grad_lse,
+        normalizer=normalizer, dropout_p=dropout_p, seed=seed, num_threads=num_threads, **options)
     of_w = of_w.astype(options["w"].dtype, copy=False)
     of_source, of_value = (of.key + of.value, None) if value is None else (of.key, of.value)
     return GATv2Gradients(of_source, of.query, of_w, of_value, of_edges["edge_key"])

@@ -311,7 +311,7 @@ additive_attention, additive_attention_backward = (
 
 
 def run_graph(call, dtype=None):
-    """Fill the results of a call of graph.py, computing in `dtype` (float64 unless given)."""
+    """Fill the results of a call of graph.py, computing in `dtype` (float64 unless given). Its rows are whole."""
     dtype = np.dtype(dtype or np.float64).type
     n = call.end - call.begin
     row = np.repeat(np.arange(len(n)), n)
@@ -343,7 +343,7 @@ def run_graph(call, dtype=None):
                         x = x * inside
                     else:
                         inside = inside + call.query[target, h_kv].astype(dtype)
-                        x = x * call.w[0, h].astype(dtype) * np.where(inside < 0, call.slope, 1)
+                        x = x * call.w[0, h].astype(dtype) * np.where(inside > 0, 1, call.slope)
                     out = out + total(x)
                 call.out[:, h_kv] = out
             return
@@ -359,6 +359,7 @@ def run_graph(call, dtype=None):
             if call.edge_bias is not None:
                 s = s + call.edge_bias[of, h].astype(dtype)
                 s[call.edge_bias[of, h] == -np.inf] = -np.inf
+            counts = np.ones(len(s), np.bool_) if call.edge_bias is None else call.edge_bias[of, h] != -np.inf
             seen = s != -np.inf
             v, k = np.where(seen[:, None], v, 0), np.where(seen[:, None], k, 0)
             stay = 1
@@ -366,18 +367,30 @@ def run_graph(call, dtype=None):
                 numbers = philox((of // 4, np.uint64(0), np.uint64(h), np.uint64(0)), call.seed)
                 numbers = np.choose(of % 4, numbers)
                 stay = np.where(numbers >= call.dropout, call.keep, 0)
+            if call.normalizer != checks.SOFTMAX:
+                p, slope_of_p, tau = _alone(call, s, counts, row, len(n))
             if call.mode == graph.GRADIENT:
-                p = np.where(seen, np.exp(s - call.lse[target, h]), 0)
                 dp = stay * (call.grad_out[target, h].astype(dtype) * v).sum(axis=1)
-                dz = np.where(seen, p * (dp - call.delta[target, h]), 0)
+                delta = call.delta[target, h]
+                if call.normalizer == checks.SOFTMAX:
+                    p = slope_of_p = np.where(seen, np.exp(s - call.lse[target, h]), 0)
+                elif call.normalizer in (checks.SPARSEMAX, checks.ENTMAX15):
+                    sums = total(slope_of_p)
+                    delta = np.where(sums == 0, 0, total(slope_of_p * dp) / sums)[row]
+                dz = np.where(seen, slope_of_p * (dp - delta), 0)
                 ds = dz * slope * call.scale
                 call.weights[of, h], call.grad_bias[of, h], call.grad_scores[of, h] = p * stay, dz, ds
                 if w is None:
                     call.grad_query[:, h] = total(ds[:, None] * k)
                 else:
-                    call.grad_query[:, h] = total(ds[:, None] * w * np.where(q + k < 0, call.slope, 1))
+                    call.grad_query[:, h] = total(ds[:, None] * w * np.where(q + k > 0, 1, call.slope))
                     if call.grad_w is not None:
                         call.grad_w[0, h, : call.D] = (ds[:, None] * leaky(q + k)).sum(axis=0)
+                continue
+            if call.normalizer != checks.SOFTMAX:
+                call.out[:, h] = total((p * stay)[:, None] * v)
+                if call.lse is not None:
+                    call.lse[:, h] = tau
                 continue
             m = np.full(len(n), -np.inf)
             np.fmax.at(m, row, s)
@@ -390,6 +403,49 @@ def run_graph(call, dtype=None):
             call.out[:, h] = np.where(sums[:, None] == 0, 0, total((p * stay)[:, None] * v) / sums[:, None])
             if call.lse is not None:
                 call.lse[:, h] = np.where(sums == 0, -np.inf, m + np.log(sums))
+
+
+def _alone(call, s, counts, row, n_rows):
+    """Weights of the scores of edges by a normalizer that is no softmax, their slopes, and tau or 0 of each row."""
+    p, slope, tau = np.zeros_like(s), np.zeros_like(s), np.full(n_rows, -np.inf)
+    at = np.flatnonzero(counts)
+    ends = np.cumsum(np.bincount(row[at], minlength=n_rows))
+    for i, mine in enumerate(np.split(at, ends[:-1])):
+        if len(mine):
+            p[mine], slope[mine], tau[i] = weights_and_slopes(call.normalizer, call.offset, s[mine])
+    return p, slope, tau
+
+
+def weights_and_slopes(normalizer, offset, s):
+    """(weights, slopes, tau or 0) of the scores of one row by a normalizer of graph.py that is no softmax.
+
+    A slope is what a weight changes with its score; that tau changes too is left to the sum over the row.
+    """
+    n = len(s)
+    if normalizer == checks.SIGMOID:
+        p = 1 / (1 + np.exp(-(s + (offset if offset == offset else -np.log(n)))))
+        return p, p * (1 - p), 0
+    if normalizer == checks.RELU:
+        return np.maximum(s, 0) / n, np.where(s > 0, 1 / n, np.where(np.isnan(s), s, 0)), 0
+    if np.isnan(s).any() or s.max() == np.inf:
+        return (np.full(n, np.nan),) * 2 + (np.nan,)
+    if s.max() == -np.inf:
+        return np.zeros(n), np.zeros(n), -np.inf
+    # Of the k largest, the tau for which their weights sum to 1; they are the support if even the last has one.
+    squared = normalizer == checks.ENTMAX15
+    top = s.max()
+    z = np.sort((s[s > -np.inf] - top) / (2 if squared else 1))[::-1]
+    k = np.arange(1, len(z) + 1)
+    if squared:
+        mean = z.cumsum() / k
+        spread = (z * z).cumsum() / k - mean * mean     # (z - mean)^2, of the k largest
+        level = mean - np.sqrt(np.maximum(1 / k - spread, 0))
+    else:
+        level = (z.cumsum() - 1) / k
+    level = level[np.flatnonzero(level <= z)[-1]]
+    x = np.maximum((s - top) / (2 if squared else 1) - level, 0)
+    tau = top / (2 if squared else 1) + level
+    return (x * x, x, tau) if squared else (x, np.sign(x), tau)
 
 
 def philox(counter, seed):

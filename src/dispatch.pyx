@@ -603,7 +603,7 @@ def graph(call):
     cdef int n_threads = 0 if call.num_threads is None else call.num_threads
     memset(&p, 0, sizeof(p))
     memset(&calls, 0, sizeof(calls))
-    p.mode, p.score = call.mode, call.score
+    p.mode, p.score, p.normalizer = call.mode, call.score, call.normalizer
     p.n_rows, p.n_edges, p.n_tasks = len(call.begin), len(call.source), len(call.cuts) - 1
     p.H, p.Hkv, p.D, p.Dv = call.H, call.Hkv, call.D, call.Dv
     describe_nodes(&p.query, call.query, 3)
@@ -627,7 +627,14 @@ def graph(call):
     p.grad_scores = NULL if call.grad_scores is None else cnp.PyArray_DATA(call.grad_scores)
     p.grad_bias = NULL if call.grad_bias is None else cnp.PyArray_DATA(call.grad_bias)
     p.grad_w = NULL if call.grad_w is None else cnp.PyArray_DATA(call.grad_w)
-    p.scale, p.softcap, p.slope, p.keep = call.scale, call.softcap, call.slope, call.keep
+    p.longest = call.longest
+    p.counts = NULL if call.counts is None else <const double*>cnp.PyArray_DATA(call.counts)
+    p.pairs = NULL if call.pairs is None else <double*>cnp.PyArray_DATA(call.pairs)
+    p.first_score = integers(call.first_score)
+    if call.scores is not None:
+        p.scores = cnp.PyArray_DATA(call.scores)
+        p.n_scores = cnp.PyArray_DIM(call.scores, 1)
+    p.scale, p.softcap, p.slope, p.keep, p.offset = call.scale, call.softcap, call.slope, call.keep, call.offset
     p.seed, p.dropout = call.seed, call.dropout
     if p.n_tasks == 0 or p.H == 0:
         return

@@ -166,20 +166,32 @@ enum {
     FASTATTN_GRAPH_OUTPUT,          /* out and lse of row i */
     FASTATTN_GRAPH_GRADIENT,        /* grad_query of row i; weights, grad_scores and grad_bias of its edges */
     FASTATTN_GRAPH_SUM,             /* out of row i = sum of weights * value over its edges and the query heads of a key head */
+    /* Rows that are done in parts, sparsemax and entmax: */
+    FASTATTN_GRAPH_SCORES,          /* scores of row i */
+    FASTATTN_GRAPH_LEVELS,          /* pairs of scores [begin[i], end[i]) of a head: their maximum, and the threshold from it */
+    FASTATTN_GRAPH_DELTA,           /* pairs of row i: sums of w dP and w, whose quotient over the target is its delta */
 };
+
 typedef struct {
-    int32_t mode, score, wide;      /* wide: sources are int64_t, else int32_t */
+    int32_t mode, score, normalizer, wide;      /* wide: sources are int64_t, else int32_t */
     int64_t n_rows, n_edges, n_tasks, H, Hkv, D, Dv;
     fastattn_array query, key, value, out;
     fastattn_array edge_bias, edge_key, edge_value;     /* optional; (E, H), (E, Hkv, D), (E, Hkv, Dv) */
-    fastattn_array lse, delta, grad_out, grad_query;    /* (n, H) real; lse is optional in the forward pass */
+    fastattn_array lse, delta, grad_out, grad_query;    /* (n, H) real; lse is optional in the forward pass: t, or 0 */
     fastattn_array w;               /* (H, D): `head` and `col` */
     const int64_t *begin, *end, *rows, *order, *cuts;   /* rows, order: NULL for 0, 1, 2 ...; cuts: (n_tasks + 1) rows */
     const void *source;
     const void *sinks;              /* (H,) real; optional */
     void *weights, *grad_scores, *grad_bias;            /* (E, H) real, contiguous */
     void *grad_w;                   /* (n_tasks, H, D up to a multiple of 16) real, zeros before; optional */
+    int64_t longest;                /* most edges of a row */
+    const double *counts;           /* (n_rows, H) edges that count of the whole target; NULL: rows are whole */
+    void *scores;                   /* (H, n_scores) real: of rows in parts, -inf for edges that don't count; else NULL */
+    int64_t n_scores;
+    const int64_t *first_score;     /* (n_rows) of a head */
+    double *pairs;                  /* (n_rows, H, 2), of LEVELS (n_tasks, 2) */
     double scale, softcap, slope, keep;
+    double offset;                  /* of FASTATTN_SIGMOID; NaN: -log of the edges that count */
     uint64_t seed;
     uint32_t dropout;
 } fastattn_graph;

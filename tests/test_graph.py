@@ -1,5 +1,7 @@
 """Attention along edges: against the papers' definitions, the reference and dense attention, and its gradients."""
 
+import doctest
+
 import numpy as np
 import pytest
 from cases import UNIT_ROUNDOFF, generator
@@ -198,6 +200,27 @@ def test_long_rows(dtype, monkeypatch):
         assert abs(x - y).max() <= (2e-5 if dtype == F32 else 1e-13) * max(1, abs(y).max())
 
 
+@both_dtypes
+@pytest.mark.parametrize("D, Dv", [(32, 32), (64, 64), (17, 70), (0, 1), (1, 3)], ids=str)
+def test_targets_with_the_same_sources(D, Dv, dtype):
+    """Cliques, whose targets share their loads: the bits of a row are those it has alone."""
+    rng = generator(0, 8, D, Dv)
+    sizes = [3, 8, 9, 65, 66, 2, 131, 13]
+    n = sum(sizes)
+    row = np.concatenate([np.repeat(np.arange(size), size) for size in sizes])
+    start = np.repeat(np.cumsum(sizes) - sizes, np.square(sizes))
+    col = np.concatenate([np.tile(rng.permutation(size), size) for size in sizes]) + start
+    edges = sp.csr_array((np.ones(len(row)), col, np.searchsorted(row + start, np.arange(n + 1))), shape=(n, n))
+    q, k, v = arrays(rng, dtype, (n, 4, D), (n, 2, D), (n, 2, Dv))
+    sinks, = arrays(rng, dtype, 4)
+    for options in ({}, {"sinks": sinks, "softcap": 1.5}, {"normalizer": "sigmoid"}, {"normalizer": "relu"}):
+        results = fa.graph_attention(q, k, v, edges, return_lse=True, **options)
+        for i in range(n):
+            alone = fa.graph_attention(q[i : i + 1], k, v, edges[i : i + 1], return_lse=True, **options)
+            for x, y in zip(results, alone):
+                assert_same_bits(x[i : i + 1], y, {"options": options, "row": i})
+
+
 def test_rows_do_not_depend_on_others():
     """Nor on the storage: the bits of a row are those it has alone."""
     rng = generator(0, 4)
@@ -224,23 +247,25 @@ def differences(loss, x, i, step=1e-4):
     return (-y[0] + 8 * y[1] - 8 * y[2] + y[3]) / (12 * step)
 
 
-def check_gradients(rng, forward, backward, inputs, options, edges, names):
+def check_gradients(rng, forward, backward, inputs, options, edges, names, step=1e-4):
     """Every input's gradient, and those of the options in `names`, against fourth-order differences in float64."""
     out, lse = forward(**inputs, graph=edges, return_lse=True, **options)
-    g, of_lse = rng.standard_normal(out.shape), rng.standard_normal(lse.shape)
+    g, of_lse = rng.standard_normal(out.shape), None
+    if options.get("normalizer", "softmax") in ("softmax", "softmax1"):
+        of_lse = rng.standard_normal(lse.shape)
     gradients = backward(g, out=out, lse=lse, graph=edges, grad_lse=of_lse, **inputs, **options)
 
     def loss(name, x):
         out, lse = forward(graph=edges, return_lse=True, **inputs | options | {name: x})
         seen = lse > -np.inf
-        return float((out * g).sum() + lse[seen] @ of_lse[seen])
+        return float((out * g).sum() + (0 if of_lse is None else lse[seen] @ of_lse[seen]))
 
     for name in (*inputs, *names):
         x, gradient = (inputs | options)[name], getattr(gradients, name)
         assert gradient.shape == x.shape and gradient.dtype == x.dtype
         for i in rng.integers(0, x.size, 3):
             if np.isfinite(x.flat[i]):
-                expected = differences(lambda y, name=name: loss(name, y), x, i)
+                expected = differences(lambda y, name=name: loss(name, y), x, i, step)
                 assert abs(gradient.flat[i] - expected) <= 1e-7, (fa.isa(), name)
             else:
                 assert gradient.flat[i] == 0
@@ -272,6 +297,25 @@ def test_gradients(seed, layout):
     inputs = {"source": source, "target": target, "weight": weight}
     for options in ({}, {"edge_features": features}, {"value": v}):
         check_gradients(rng, fa.gatv2_attention, fa.gatv2_attention_backward, inputs, options, edges, list(options))
+
+
+def test_slope_at_zero():
+    """Where source + target is exactly 0, LeakyReLU has the slope below it."""
+    source, target, value = np.array([[-2.0], [1.0]]), np.array([[2.0]]), np.array([[[1.0]], [[3.0]]])
+    edges, grad_out = sp.csr_array([[1, 1]]), np.ones((1, 1, 1))
+    for module in (fa, fa.reference):
+        out, lse = module.gat_attention(source, target, value, edges, return_lse=True)
+        of = module.gat_attention_backward(grad_out, source, target, value, out, lse, edges)
+        p = 1 / (1 + np.exp(3.0))
+        np.testing.assert_allclose(of.source[:, 0], 2 * p * (1 - p) * np.array([-0.2, 1]), rtol=1e-14)
+        np.testing.assert_allclose(of.target[0, 0], 2 * p * (1 - p) * 0.8, rtol=1e-14)
+        features = np.zeros((2, 1, 1))
+        options = {"edge_features": features, "value": value}
+        weight = np.ones((1, 1))
+        rows = source[..., None], target[..., None]
+        out, lse = module.gatv2_attention(*rows, weight, edges, return_lse=True, **options)
+        of = module.gatv2_attention_backward(grad_out, *rows, weight, out, lse, edges, **options)
+        np.testing.assert_allclose(of.edge_features[:, 0, 0], 2 * p * (1 - p) * np.array([-0.2, 1]), rtol=1e-14)
 
 
 @both_dtypes
@@ -318,6 +362,9 @@ def test_nothing(shape):
     assert out.shape == (T, 2, 5) and not out.any() and (lse == -np.inf).all()
     gradients = fa.graph_attention_backward(out, q, k, v, out, lse, empty)
     assert [x.shape for x in gradients[:3]] == [q.shape, k.shape, v.shape] and not any(x.any() for x in gradients[:3])
+    features = {"edge_bias": np.ones((0, 2)), "edge_key": np.ones((0, 2, 4)), "edge_value": np.ones((0, 5))}
+    gradients = fa.graph_attention_backward(out, q, k, v, out, lse, empty, **features)
+    assert all(getattr(gradients, name).shape == x.shape for name, x in features.items())
 
 
 def test_errors():
@@ -349,3 +396,8 @@ def test_errors():
     with pytest.raises(ValueError, match="grad_out must have shape"):
         fa.graph_attention_backward(q[:1], q, k, v, q, np.ones((2, 1)), right)
     assert checks.FLOAT32 == F32
+
+
+def test_docstrings():
+    failed, attempted = doctest.testmod(graph)
+    assert attempted and not failed

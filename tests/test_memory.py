@@ -194,6 +194,61 @@ for L, S, D in itertools.product([1, 17, 64, 66, 130], [1, 5, 96, 97, 200], [1, 
         fa.attention_backward(g, q, k, v, flush("saved", out, order), flush("lse", lse), **options[3])
 """
 
+# Along the edges of graphs whose own arrays are flush too; the last of each size is full, so that its targets go
+# together. Every other time rows are cut into parts.
+GRAPHS = """
+import scipy.sparse
+from fastattn import graph
+
+for T, N, D, E in itertools.product([1, 3, 9], [1, 5, 70], [1, 3, 8, 16, 17, 33, 64], [0, 1, 16, 65, 150, None]):
+    Dv = D + N % 3
+    graph.PART = 16384 if D % 2 else 40
+    for order in "CF":
+        case(T=T, N=N, D=D, E=E, order=order)
+        if E is None:
+            csr = scipy.sparse.csr_array(np.ones((T, N)))
+        else:
+            first = np.searchsorted(np.sort(rng.integers(T, size=E)), np.arange(T + 1))
+            csr = scipy.sparse.csr_array((np.ones(E), rng.integers(N, size=E), first), shape=(T, N))
+        edges = fa.Graph(csr)
+        back = edges.transposed()
+        n = edges.edges
+        for which, one in (("", edges), ("back", back)):
+            for name in ("begin", "end", "source"):
+                setattr(one, name, flush(which + name, getattr(one, name)))
+        back.order = flush("order", back.order)
+        q = flush("query", some(T, 2, D), order)
+        k = flush("key", some(N, 1, D), order)
+        v = flush("value", some(N, 1, Dv), order)
+        g = flush("grad_out", some(T, 2, Dv), order)
+        bias = flush("bias", np.where(some(n, 2, pool=BOOLS), some(n, 2), -np.inf).astype(dtype), order)
+        for number, more in enumerate([
+                {}, {"edge_bias": bias, "softcap": 3.0, "sinks": flush("sinks", some(2))},
+                {"dropout_p": 0.3, "seed": 1},
+                {"edge_key": flush("edge_key", some(n, 1, D), order), "edge_value": flush("edge_value", some(n, Dv))},
+                {"normalizer": "sigmoid"}, {"normalizer": "relu", "edge_bias": bias},
+                {"normalizer": "sparsemax", "dropout_p": 0.3, "seed": 1},
+                {"normalizer": "entmax15", "edge_bias": bias}]):
+            case(T=T, N=N, D=D, E=E, order=order, number=number)
+            out, lse = (x.copy() for x in fa.graph_attention(q, k, v, edges, return_lse=True, **more))
+            out, lse = flush("saved", out, order), flush("lse", lse)
+            fa.graph_attention_backward(g, q, k, v, out, lse, edges, **more)
+        k = flush("keys", some(N, 2, D), order)
+        weight = flush("weight", some(2, D), order)
+        v = flush("values", some(N, 2, Dv), order)
+        for number, normalizer in enumerate(["softmax", "entmax15"]):
+            case(T=T, N=N, D=D, E=E, order=order, gat=number)
+            out, lse = (x.copy() for x in fa.gat_attention(
+                k[..., 0], q[..., 0], v, edges, edge_logits=bias, normalizer=normalizer, return_lse=True))
+            out, lse = flush("saved", out, order), flush("lse", lse)
+            fa.gat_attention_backward(g, k[..., 0], q[..., 0], v, out, lse, edges, edge_logits=bias,
+                                      normalizer=normalizer)
+            out, lse = (x.copy() for x in fa.gatv2_attention(
+                k, q, weight, edges, value=v, normalizer=normalizer, return_lse=True))
+            out, lse = flush("saved", out, order), flush("lse", lse)
+            fa.gatv2_attention_backward(g, k, q, weight, out, lse, edges, value=v, normalizer=normalizer)
+"""
+
 
 def run(tmp_path, body, *arguments):
     """(return code, last case, errors) of a child that runs HARNESS and `body`."""
@@ -210,6 +265,15 @@ def assert_survives(tmp_path, body, seed, side, dtype):
     what = "touched memory outside an array" if code in (-signal.SIGSEGV, -signal.SIGBUS) else f"ended with {code}"
     assert code == 0, (f"isa={fa.isa()}, dtype={dtype}, arrays flush at their {side}, seed={seed}: {what} at {case}\n"
                        f"{errors}")
+
+
+@needs_mprotect
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("side", ["begin", "end"])
+def test_graphs_touch_nothing_outside_the_arrays(side, dtype, tmp_path, seed):
+    pytest.importorskip("scipy.sparse", reason="scipy is not installed")
+    assert_survives(tmp_path, GRAPHS, seed, side, dtype)
 
 
 @needs_mprotect
@@ -237,6 +301,10 @@ STRAY = {
     "bias": ("end", "fa.attention(some(6, 2), some(3, 2), some(3, 2), bias=over(a))"),
     "mask": ("end", "fa.attention(some(6, 2), some(3, 2), some(3, 2), mask=over(flush('m', some(5, 3, pool=BOOLS))))"),
     "out": ("end", "fa.attention(some(6, 3), some(4, 3), some(4, 3), out=over(a))"),
+    "key of a graph": ("end", "fa.graph_attention(some(1, 1, 3), over(a)[:, None], some(6, 1, 3), edges)"),
+    "value of a graph": ("end", "fa.graph_attention(some(1, 1, 3), some(6, 1, 3), over(a)[:, None], edges)"),
+    "source": ("end", "edges.source = flush('source', edges.source); edges.end = edges.end + 1; "
+                      "fa.graph_attention(some(1, 1, 3), some(6, 1, 3), some(6, 1, 3), edges)"),
     "lse": ("end", "p = checks.problem(some(6, 3), some(4, 3), some(4, 3), return_lse=True); "
                    "p.lse = over(place('lse', (1, 5), dtype).T).T; _runtime.forward(p)"),
 }
@@ -251,8 +319,11 @@ def test_harness_sees_one_stray_element(how, tmp_path, seed):
 from numpy.lib.stride_tricks import as_strided
 over = lambda array: as_strided(array, (array.shape[0] + 1, array.shape[1]), array.strides)
 a = flush("a", some(5, 3))
-case(here="before")
 """
+    if "edges" in body:
+        pytest.importorskip("scipy.sparse", reason="scipy is not installed")
+        start += "import scipy.sparse\nedges = fa.Graph(scipy.sparse.csr_array(np.ones((1, 6))))\n"
+    start += "case(here='before')\n"
     code, case, errors = run(tmp_path, start + body + "\ncase(here='after')\n", seed, side, "float32")
     assert code in (-signal.SIGSEGV, -signal.SIGBUS) and case == "{'here': 'before'}", (how, code, case, errors)
 
@@ -309,6 +380,50 @@ def test_peak_memory_is_far_below_the_scores(call, tmp_path):
     else:
         # The result is 2 MiB, the scratch 1 MiB a thread, the copies of "swapped axes" 6 MiB.
         assert grown <= scores / 16, f"isa={fa.isa()}: {call} takes {grown} bytes; L x S scores are {scores}"
+
+
+# Edges x heads x head size, in bytes, against what a call takes beyond its arguments.
+GRAPH_PEAK = PEAK[:PEAK.index("L = S")] + """
+import scipy.sparse
+E, nodes, H, D = 200_000, 1000, 2, 128
+rng = np.random.default_rng(0)
+row, col = np.sort(rng.integers(nodes, size=E)), rng.integers(nodes, size=E)
+edges = fa.Graph(scipy.sparse.csr_array((np.ones(E), col, np.searchsorted(row, np.arange(nodes + 1))),
+                                        shape=(nodes, nodes)))
+edges.transposed()
+q, k, v = (rng.standard_normal((nodes, H, D), np.float32) for _ in range(3))
+s, w = q[..., 0].copy(), q[0].copy()
+fa.graph_attention(q[:1], k, v, scipy.sparse.csr_array(np.ones((1, nodes))))
+before = peak()
+{call}
+print(peak() - before)
+"""
+ALONG_EDGES = {
+    **{name: f"o, l = fa.graph_attention(q, k, v, edges, return_lse=True, normalizer={name!r}); "
+             f"fa.graph_attention_backward(o, q, k, v, o, l, edges, normalizer={name!r})"
+       for name in ("softmax", "sigmoid", "entmax15")},
+    "gat": "o, l = fa.gat_attention(s, s, v, edges, return_lse=True); "
+           "fa.gat_attention_backward(o, s, s, v, o, l, edges)",
+    "gatv2": "o, l = fa.gatv2_attention(k, q, w, edges, return_lse=True); "
+             "fa.gatv2_attention_backward(o, k, q, w, o, l, edges)",
+    "written out": "(q[row] * k[col]).sum(axis=-1)",
+}
+
+
+@needs_proc
+@pytest.mark.compiled
+@pytest.mark.parametrize("call", ALONG_EDGES)
+def test_graphs_take_far_less_than_a_row_for_each_edge(call, tmp_path):
+    pytest.importorskip("scipy.sparse", reason="scipy is not installed")
+    child = subprocess.run([sys.executable, "-c", GRAPH_PEAK.format(call=ALONG_EDGES[call])], cwd=tmp_path,
+                           capture_output=True, text=True, timeout=300, env={**os.environ, "FASTATTN_ISA": fa.isa()})
+    assert child.returncode == 0, child.stderr
+    grown, rows = int(child.stdout), 200_000 * 2 * 128 * 4
+    if call == "written out":
+        assert grown >= rows, f"the measure misses memory: {grown} bytes"
+    else:
+        # Three numbers for each edge and head are 5 MB, results and what they are summed in 10 MB.
+        assert grown <= rows / 8, f"isa={fa.isa()}: {call} takes {grown} bytes; a row for each edge and head is {rows}"
 
 
 def test_results_are_aligned():

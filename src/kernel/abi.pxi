@@ -107,8 +107,11 @@ cdef extern from "fastattn.h" nogil:
     enum: FASTATTN_GRAPH_OUTPUT
     enum: FASTATTN_GRAPH_GRADIENT
     enum: FASTATTN_GRAPH_SUM
+    enum: FASTATTN_GRAPH_SCORES
+    enum: FASTATTN_GRAPH_LEVELS
+    enum: FASTATTN_GRAPH_DELTA
     ctypedef struct fastattn_graph:
-        int32_t mode, score, wide
+        int32_t mode, score, normalizer, wide
         int64_t n_rows, n_edges, n_tasks, H, Hkv, D, Dv
         fastattn_array query, key, value, out, edge_bias, edge_key, edge_value, lse, delta, grad_out, grad_query, w
         const int64_t* begin
@@ -122,7 +125,13 @@ cdef extern from "fastattn.h" nogil:
         void* grad_scores
         void* grad_bias
         void* grad_w
-        double scale, softcap, slope, keep
+        int64_t longest
+        const double* counts
+        void* scores
+        int64_t n_scores
+        const int64_t* first_score
+        double* pairs
+        double scale, softcap, slope, keep, offset
         uint64_t seed
         uint32_t dropout
     ctypedef struct fastattn_kernel:

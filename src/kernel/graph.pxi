@@ -1,7 +1,8 @@
 # Attention along the edges of a graph: each target attends to the sources of its edges, head by head.
 #
-#     s_e = scale q · (k[source e] + edge_key_e)    or leaky(q + k), or w · leaky(q + k), see `score`   then softcap, edge_bias
-#     m, l, O: the online softmax over blocks of EDGES edges, of which each is summed from zero before it joins
+#     s_e = scale q · (k[source e] + edge_key_e)    or leaky(q + k), or w · leaky(q + k), see `score`  then softcap, edge_bias
+#     m, l, O: the online softmax over blocks of EDGES edges, of which each is summed from zero before it joins; or, by
+#     sparsemax and entmax, the scores of all edges, then their threshold, then O
 #     O += sum_e P_e (v[source e] + edge_value_e)
 #
 # Lanes are features where rows are read (few edges make a target: they could not fill lanes), and edges from the scores to
@@ -13,6 +14,8 @@ cdef enum:
     EDGES = 64              # of a block
     EDGES_AHEAD = 16        # the edge that is asked for, behind the one that is read
     EDGE_ROOM = EDGES + EDGES_AHEAD + 16
+    TWINS = 4               # targets in a row with the same sources that are done together
+    ALIKE = 8               # edges from which that is worth while
 
 
 cdef struct Edges:
@@ -25,15 +28,18 @@ cdef struct Edges:
     int64_t v_at[EDGE_ROOM]
     Source values
     real bias[EDGES]
-    real S[EDGES]
+    real S[TWINS*EDGES]             # scores, then weights, of each twin
+    real G[EDGES]                   # what the weights change with their scores
     real dP[EDGES]
-    real* q                         # [D'] the target's query
+    real keep[EDGES]
+    real* q                         # [heads][twins][D'] queries: of all heads of a target, or of twins
     real* w                         # [D'] the head's weight of features
     real* g                         # [Dv'] its grad_out
-    real* O                         # [max(D', Dv')]
+    real* O                         # [heads][twins][max(D', Dv')]
     real* Ob                        # [max(D', Dv')] of one block
-    real* m                         # [H]
-    double* l                       # [H]
+    real* m                         # [heads][twins]
+    double* l                       # [heads][twins]; edges that count, or thresholds
+    real* scores                    # [H][longest] of a target, for its thresholds
 
 
 cdef inline int64_t source_of(const fastattn_graph* p, int64_t e) noexcept nogil:
@@ -186,27 +192,128 @@ cdef void leaky_scores(Edges* t) noexcept nogil:
 cdef void edge_scores(Edges* t) noexcept nogil:
     # S of the block's edges, anything in the lanes behind them
     cdef const fastattn_graph* p = t.p
-    cdef vf x
-    cdef Py_ssize_t i = 0
     if p.score == FASTATTN_DOT:
         edge_dots(t, t.q, &p.key, &p.edge_key, t.k_at, p.D, t.S)
     else:
         leaky_scores(t)
+    finish_scores(t, t.S)
+
+
+cdef inline void finish_scores(Edges* t, real* S) noexcept nogil:
+    # scale, softcap, bias
+    cdef const fastattn_graph* p = t.p
+    cdef vf x
+    cdef Py_ssize_t i = 0
     while i < t.n:
-        x = v_mul(v_load(t.S + i), v_set1(<real>p.scale))
+        x = v_mul(v_load(S + i), v_set1(<real>p.scale))
         if p.softcap > 0:
             x = v_mul(v_tanh(v_div(x, v_set1(<real>p.softcap))), v_set1(<real>p.softcap))
-        v_store(t.S + i, v_add(x, v_load(t.bias + i)) if p.edge_bias.data != NULL else x)
+        v_store(S + i, v_add(x, v_load(t.bias + i)) if p.edge_bias.data != NULL else x)
         i += VL
+
+
+cdef inline void twin_dots(const int n, const int nv, Edges* t) noexcept nogil:
+    # S of n targets with the same sources, each as `dots_of` has it alone
+    cdef const char* data = node(&t.p.key, 0, t.h_kv)
+    cdef vf acc[16]
+    cdef vf sums[TWINS*VL]
+    cdef Py_ssize_t j = 0
+    cdef Py_ssize_t g
+    cdef int i, r
+    while j < t.n:
+        g = 0
+        while g < VL:
+            group_dots(n, min(VL, SUMS//4), nv, FASTATTN_REAL, v_anchor(t.q), data, t.k_at + j + g, EDGES_AHEAD, t.p.D, acc)
+            for i in range(min(VL, SUMS//4)):
+                for r in range(n):
+                    sums[r*VL + g + i] = acc[i*n + r]
+            g += min(VL, SUMS//4)
+        for r in range(n):
+            v_store(t.S + r*EDGES + j, v_sums(sums + r*VL))
+        j += VL
+
+
+cdef void twin_scores(Edges* t, int n) noexcept nogil:
+    cdef int r
+    if t.p.D == 32 and n == TWINS:
+        twin_dots(TWINS, 32//VL, t)
+    elif t.p.D == 64 and n == TWINS:
+        twin_dots(TWINS, 64//VL, t)
+    elif n == TWINS:
+        twin_dots(TWINS, 0, t)
+    else:
+        twin_dots(2, 0, t)
+    for r in range(n):
+        finish_scores(t, t.S + r*EDGES)
+
+
+cdef inline void twin_columns(const int n, const int nv, Edges* t, Py_ssize_t d, const real* c) noexcept nogil:
+    # O[r, d..] = O[r, d..] c[r] + sum_e P[r, e] value[source e, d..], each as `add_edges` has it alone
+    cdef vf acc[16]
+    cdef vf x[4]
+    cdef const char* data = node(&t.p.value, 0, t.h_kv) + d*sizeof(real)
+    cdef const real* row
+    cdef Py_ssize_t left = t.p.Dv - d
+    cdef Py_ssize_t ldo = whole(t.p.Dv)
+    cdef Py_ssize_t e
+    cdef int r, g
+    for g in range(n*nv):
+        acc[g] = v_zero()
+    for e in range(t.n):
+        row = <const real*>(data + t.v_at[e])
+        for g in range(nv):
+            v_fetch_line(data + t.v_at[e + EDGES_AHEAD] + g*VL*sizeof(real))
+            x[g] = v_load_part(row, left) if nv == 1 else v_load(row + g*VL)
+        for r in range(n):
+            for g in range(nv):
+                acc[r*nv + g] = v_fma(v_set1(t.S[r*EDGES + e]), x[g], acc[r*nv + g])
+    for r in range(n):
+        for g in range(nv):
+            v_store(t.O + r*ldo + d + g*VL, v_fma(v_load(t.O + r*ldo + d + g*VL), v_set1(c[r]), acc[r*nv + g]))
+
+
+cdef inline void twin_values(const int n, Edges* t, const real* c) noexcept nogil:
+    cdef Py_ssize_t d = 0
+    while t.p.Dv - d >= SUMS//4*VL:
+        twin_columns(n, SUMS//4, t, d, c)
+        d += SUMS//4*VL
+    while d < t.p.Dv:
+        twin_columns(n, 1, t, d, c)
+        d += VL
+
+
+cdef int64_t alike(const fastattn_graph* p, int64_t i, int64_t stop) noexcept nogil:
+    # How many of the targets i .. stop - 1 have the first one's sources. Only in what full graphs and cliques have is it looked
+    # for: rows of real numbers, and nothing that belongs to edges.
+    cdef int64_t size = p.end[i] - p.begin[i]
+    cdef int64_t width = 8 if p.wide else 4
+    cdef const char* source = <const char*>p.source
+    cdef int64_t n = 1
+    if size < ALIKE or p.score != FASTATTN_DOT or p.key.col != 1 or p.value.col != 1 or p.edge_bias.data != NULL \
+            or p.edge_key.data != NULL or p.edge_value.data != NULL or p.dropout != 0 \
+            or (sizeof(real) == 4 and (p.key.kind != FASTATTN_REAL or p.value.kind != FASTATTN_REAL)):
+        return 1
+    while i + n < stop and p.end[i + n] - p.begin[i + n] == size \
+            and memcmp(source + p.begin[i]*width, source + p.begin[i + n]*width, size*width) == 0:
+        n += 1
+    return n
 
 
 cdef inline real largest(const real* S, Py_ssize_t n) noexcept nogil:
     # NaN is passed over: the exponential keeps it
-    cdef real m = -INFINITY
-    cdef Py_ssize_t i
-    for i in range(n):
-        m = S[i] if S[i] > m else m
-    return m
+    cdef real lanes[VL]
+    cdef vf most = v_set1(-INFINITY)
+    cdef Py_ssize_t i = 0
+    while i + VL <= n:
+        most = v_max(v_load(S + i), most)
+        i += VL
+    v_store(lanes, most)
+    while i < n:
+        lanes[i % VL] = S[i] if S[i] > lanes[i % VL] else lanes[i % VL]
+        i += 1
+    for i in range(1, VL):
+        lanes[0] = lanes[i] if lanes[i] > lanes[0] else lanes[0]
+    return lanes[0]
 
 
 cdef real weigh_edges(real* S, Py_ssize_t n, real m) noexcept nogil:
@@ -301,57 +408,235 @@ cdef void write_node(const fastattn_array* a, int64_t row, int64_t h, Py_ssize_t
         d += VL
 
 
-cdef void attend_row(Edges* t, int64_t begin, int64_t end, int64_t out_row) noexcept nogil:
-    # One target. All heads take a block of edges before the next one.
+cdef inline bint is_sparse(const fastattn_graph* p) noexcept nogil:
+    return p.normalizer == FASTATTN_SPARSEMAX or p.normalizer == FASTATTN_ENTMAX15
+
+
+cdef void weigh_alone(const fastattn_graph* p, real* S, real* G, Py_ssize_t n, real m, real level, double count) noexcept nogil:
+    # Of normalizers but softmax: P in the place of S, and in G what it changes with S, but for what the row has in common.
+    # level: the threshold from m, infinite for a row without any score; count: edges of the target.
+    cdef vf k = v_set1(<real>1.4426950408889634074)
+    cdef vf b = v_set1(<real>(p.offset if p.offset == p.offset else -log(count) if count > 0 else 0.0))
+    cdef vf edges = v_set1(<real>count)
+    cdef vf kappa = v_set1(<real>(0.5 if p.normalizer == FASTATTN_ENTMAX15 else 1.0))
+    cdef vf base = v_set1(m)
+    cdef vf threshold = v_set1(level if level != -INFINITY else INFINITY)
+    cdef vf zero = v_zero()
+    cdef vf one = v_set1(1)
+    cdef vf x, e, g
+    cdef Py_ssize_t i = 0
+    while i < n:
+        x = v_load(S + i)
+        if p.normalizer == FASTATTN_SIGMOID:
+            x = v_add(x, b)
+            e = v_exp2(v_sub(zero, v_mul(v_max(x, v_sub(zero, x)), k)))
+            g = v_add(one, e)
+            x = v_div(v_where_lt(x, zero, e, one), g)       # neither side loses digits
+            g = v_div(e, v_mul(g, g))
+        elif p.normalizer == FASTATTN_RELU:
+            g = v_where_lt(zero, x, v_div(one, edges), v_where_lt(x, one, zero, x))
+            x = v_div(v_where_lt(x, zero, zero, x), edges)
+        else:
+            x = v_max(zero, v_sub(v_mul(v_sub(x, base), kappa), threshold))
+            if p.normalizer == FASTATTN_ENTMAX15:
+                g = x
+                x = v_mul(x, x)
+            else:
+                g = v_where_lt(zero, x, one, x)             # NaN is kept
+        v_store(S + i, x)
+        if G != NULL:
+            v_store(G + i, g)
+        i += VL
+
+
+cdef double count_of(Edges* t, int64_t begin, int64_t end, int64_t row, int64_t h) noexcept nogil:
+    # edges that count of the target, of which these are all or a part
+    cdef const fastattn_graph* p = t.p
+    cdef int64_t e, at
+    cdef int64_t n = end - begin
+    if p.counts != NULL:
+        return p.counts[row*p.H + h]
+    if p.edge_bias.data != NULL:
+        for e in range(begin, end):
+            at = p.order[e] if p.order != NULL else e
+            n -= real_at(node(&p.edge_bias, at, h), 0, p.edge_bias.kind) == -INFINITY
+    return <double>n
+
+
+cdef inline void take_head(Edges* t, int64_t h, bint first, int64_t begin, int64_t end) noexcept nogil:
+    # The heads of a block share the list of its edges, unless a bias leaves some out.
+    t.h = h
+    t.h_kv = h//(t.p.H//t.p.Hkv)
+    if first or t.p.edge_bias.data != NULL:
+        gather_edges(t, begin, end)
+
+
+cdef void attend_rows(Edges* t, int64_t first, const int n, int64_t h_begin, int64_t h_end) noexcept nogil:
+    # Target `first`, or n of them with the same sources. All of the heads take a block of edges before the next one.
     cdef const fastattn_graph* p = t.p
     cdef real* q = t.q
     cdef real* O = t.O
+    cdef real* S
     cdef Py_ssize_t ldq = whole(p.D)
     cdef Py_ssize_t ldo = whole(p.Dv)
+    cdef int64_t begin = p.begin[first]
+    cdef int64_t end = p.end[first]
+    cdef int64_t stop, h, at
+    cdef real most, sink
+    cdef real c[TWINS]
+    cdef bint by_softmax = p.normalizer == FASTATTN_SOFTMAX
+    cdef int r
+    for h in range(h_begin, h_end):
+        for r in range(n):
+            at = (h - h_begin)*n + r
+            unpack(&p.query, row_of(p, first + r), h, p.D, q + at*ldq)
+            t.m[at] = -INFINITY
+            t.l[at] = 0 if by_softmax else count_of(t, begin, end, first + r, h)
+    memset(O, 0, n*(h_end - h_begin)*ldo*sizeof(real))
+    while begin < end:
+        stop = min(end, begin + EDGES)
+        for h in range(h_begin, h_end):
+            take_head(t, h, h == h_begin, begin, stop)
+            if t.n == 0:
+                continue
+            t.q = q + (h - h_begin)*n*ldq
+            t.O = O + (h - h_begin)*n*ldo
+            if n > 1:
+                twin_scores(t, n)
+            else:
+                if p.score != FASTATTN_DOT:
+                    unpack(&p.w, 0, h, p.D, t.w)
+                edge_scores(t)
+            for r in range(n):
+                S = t.S + r*EDGES
+                at = (h - h_begin)*n + r
+                c[r] = 1
+                if not by_softmax:
+                    weigh_alone(p, S, NULL, t.n, 0, 0, t.l[at])
+                    continue
+                most = largest(S, t.n)
+                if most > t.m[at]:
+                    c[r] = <real>exp(<double>t.m[at] - most) if t.m[at] != -INFINITY else 0
+                    t.m[at] = most
+                t.l[at] = t.l[at]*c[r] + weigh_edges(S, t.n, t.m[at])
+            if n == TWINS:
+                twin_values(TWINS, t, c)
+            elif n == 2:
+                twin_values(2, t, c)
+            else:
+                if p.dropout != 0:
+                    drop_edges(t)
+                add_edges(t, t.S, &p.value, &p.edge_value, t.v_at, p.Dv, c[0])
+        begin = stop
+    for h in range(h_begin, h_end):
+        sink = (<const real*>p.sinks)[h] if p.sinks != NULL else -INFINITY
+        for r in range(n):
+            at = (h - h_begin)*n + r
+            if sink != -INFINITY:
+                if sink > t.m[at]:
+                    c[0] = <real>exp(<double>t.m[at] - sink) if t.m[at] != -INFINITY else 0
+                    t.l[at] *= c[0]
+                    t.m[at] = sink
+                    scale_row(O + at*ldo, ldo, c[0])
+                t.l[at] += exp(<double>sink - t.m[at])
+            if not by_softmax:
+                write_result(p, first + r, h, O + at*ldo, 1, 0 if t.l[at] != 0 else -INFINITY)
+            elif t.l[at] != 0:
+                write_result(p, first + r, h, O + at*ldo, <real>(1/t.l[at]), <real>(t.m[at] + log(t.l[at])))
+            else:
+                write_result(p, first + r, h, O + at*ldo, 0, -INFINITY)
+    t.q = q
+    t.O = O
+
+
+cdef void write_result(const fastattn_graph* p, int64_t row, int64_t h, const real* O, real factor, real lse) noexcept nogil:
+    write_node(&p.out, row, h, p.Dv, O, factor)
+    if p.lse.data != NULL:
+        (<real*>node(&p.lse, row, h))[0] = lse
+
+
+cdef void score_row(Edges* t, int64_t row, real* to, Py_ssize_t ld) noexcept nogil:
+    # to[h][..]: scores of the row, those that count of each block first and -inf in the place of the others
+    cdef const fastattn_graph* p = t.p
+    cdef real* q = t.q
+    cdef Py_ssize_t ldq = whole(p.D)
+    cdef int64_t begin = p.begin[row]
+    cdef int64_t end = p.end[row]
     cdef int64_t stop, h
-    cdef real most, c, sink
+    cdef real* S
+    cdef Py_ssize_t i
     for h in range(p.H):
-        unpack(&p.query, t.row, h, p.D, q + h*ldq)
-        t.m[h] = -INFINITY
-        t.l[h] = 0
-    memset(O, 0, p.H*ldo*sizeof(real))
+        unpack(&p.query, row_of(p, row), h, p.D, q + h*ldq)
     while begin < end:
         stop = min(end, begin + EDGES)
         for h in range(p.H):
-            t.h = h
-            t.h_kv = h//(p.H//p.Hkv)
-            if h == 0 or p.edge_bias.data != NULL:
-                gather_edges(t, begin, stop)
-            if t.n == 0:
-                continue
+            take_head(t, h, h == 0, begin, stop)
             t.q = q + h*ldq
-            t.O = O + h*ldo
-            if p.score != FASTATTN_DOT:
-                unpack(&p.w, 0, h, p.D, t.w)
-            edge_scores(t)
-            most = largest(t.S, t.n)
-            c = 1
-            if most > t.m[h]:
-                c = <real>exp(<double>t.m[h] - most) if t.m[h] != -INFINITY else 0
-                t.m[h] = most
-            t.l[h] = t.l[h]*c + weigh_edges(t.S, t.n, t.m[h])
-            if p.dropout != 0:
-                drop_edges(t)
-            add_edges(t, t.S, &p.value, &p.edge_value, t.v_at, p.Dv, c)
+            if t.n > 0:
+                if p.score != FASTATTN_DOT:
+                    unpack(&p.w, 0, h, p.D, t.w)
+                edge_scores(t)
+            S = to + h*ld + begin - p.begin[row]
+            memcpy(S, t.S, t.n*sizeof(real))
+            for i in range(t.n, stop - begin):
+                S[i] = -INFINITY
+        begin = stop
+    t.q = q
+
+
+cdef void level_of(const fastattn_graph* p, const real* S, Py_ssize_t n, real* m, double* level) noexcept nogil:
+    # The maximum of n scores and the threshold from it; -inf where there is no score, NaN where one is NaN or +inf.
+    cdef bint squared = p.normalizer == FASTATTN_ENTMAX15
+    cdef bint bad = False
+    cdef Py_ssize_t i
+    m[0] = largest(S, n)
+    for i in range(n):
+        bad |= S[i] != S[i]
+    level[0] = 0
+    if bad or m[0] == INFINITY:
+        m[0] = NAN
+    elif m[0] != -INFINITY:
+        level[0] = threshold_of(S, n, m[0], <real>(0.5 if squared else 1.0), squared, -1)
+
+
+cdef void attend_sparsely(Edges* t, int64_t row) noexcept nogil:
+    # One target by sparsemax or entmax: its scores, thresholds, then values. Parts of one have theirs.
+    cdef const fastattn_graph* p = t.p
+    cdef Py_ssize_t ldo = whole(p.Dv)
+    cdef real* O = t.O
+    cdef int64_t begin = p.begin[row]
+    cdef int64_t end = p.end[row]
+    cdef int64_t stop, h
+    cdef Py_ssize_t ld = p.longest
+    cdef real* scores = t.scores
+    cdef double tau
+    if p.scores != NULL:
+        ld = p.n_scores
+        scores = <real*>p.scores + p.first_score[row]
+    else:
+        score_row(t, row, scores, ld)
+    memset(O, 0, p.H*ldo*sizeof(real))
+    for h in range(p.H):
+        if p.scores != NULL:
+            t.m[h] = <real>p.pairs[2*(row*p.H + h)]
+            t.l[h] = p.pairs[2*(row*p.H + h) + 1]
+        else:
+            level_of(p, scores + h*ld, end - begin, &t.m[h], &t.l[h])
+    while begin < end:
+        stop = min(end, begin + EDGES)
+        for h in range(p.H):
+            take_head(t, h, h == 0, begin, stop)
+            if t.n > 0 and t.m[h] != -INFINITY:
+                memcpy(t.S, scores + h*ld + begin - p.begin[row], t.n*sizeof(real))
+                weigh_alone(p, t.S, NULL, t.n, t.m[h], <real>t.l[h], 0)
+                if p.dropout != 0:
+                    drop_edges(t)
+                t.O = O + h*ldo
+                add_edges(t, t.S, &p.value, &p.edge_value, t.v_at, p.Dv, 1)
         begin = stop
     for h in range(p.H):
-        sink = (<const real*>p.sinks)[h] if p.sinks != NULL else -INFINITY
-        if sink != -INFINITY:
-            if sink > t.m[h]:
-                c = <real>exp(<double>t.m[h] - sink) if t.m[h] != -INFINITY else 0
-                t.l[h] *= c
-                t.m[h] = sink
-                scale_row(O + h*ldo, ldo, c)
-            t.l[h] += exp(<double>sink - t.m[h])
-        write_node(&p.out, out_row, h, p.Dv, O + h*ldo, <real>(1/t.l[h]) if t.l[h] != 0 else 0)
-        if p.lse.data != NULL:
-            (<real*>node(&p.lse, out_row, h))[0] = <real>(t.m[h] + log(t.l[h])) if t.l[h] != 0 else -INFINITY
-    t.q = q
+        tau = t.m[h]*(0.5 if p.normalizer == FASTATTN_ENTMAX15 else 1.0) + t.l[h]
+        write_result(p, row, h, O + h*ldo, 1, <real>tau)
     t.O = O
 
 
@@ -360,6 +645,10 @@ cdef void scale_row(real* x, Py_ssize_t n, real c) noexcept nogil:
     while d < n:
         v_store(x + d, v_mul(v_load(x + d), v_set1(c)))
         d += VL
+
+
+cdef inline int64_t row_of(const fastattn_graph* p, int64_t i) noexcept nogil:
+    return p.rows[i] if p.rows != NULL else i
 
 
 cdef void keep_edges(Edges* t, real* factor) noexcept nogil:
@@ -376,14 +665,15 @@ cdef void keep_edges(Edges* t, real* factor) noexcept nogil:
 
 cdef void drop_edges(Edges* t) noexcept nogil:
     cdef Py_ssize_t i
-    keep_edges(t, t.dP)
+    keep_edges(t, t.keep)
     for i in range(t.n):
-        t.S[i] = t.S[i]*t.dP[i] if t.dP[i] != 0 else 0
+        t.S[i] = t.S[i]*t.keep[i] if t.keep[i] != 0 else 0
 
 
 cdef void add_slopes(Edges* t, const real* dS, const fastattn_array* a, const fastattn_array* feature, real* own_grad,
                      real* w_grad) noexcept nogil:
-    # Of s = w · leaky(own + x_e): own_grad += sum_e dS_e w leaky'(own + x_e), and w_grad += sum_e dS_e leaky(own + x_e)
+    # Of s = w · leaky(own + x_e): own_grad += sum_e dS_e w leaky'(own + x_e), and w_grad += sum_e dS_e leaky(own + x_e). The
+    # slope at 0 is that below it, as in torch.
     cdef const fastattn_graph* p = t.p
     cdef vf slope = v_set1(<real>p.slope)
     cdef vf one = v_set1(1)
@@ -399,7 +689,7 @@ cdef void add_slopes(Edges* t, const real* dS, const fastattn_array* a, const fa
                 x = v_add(x, load_row(node(feature, t.at[e], t.h_kv), d*feature.col, feature.col, p.D - d, feature.kind))
             x = v_add(v_load(t.q + d), x)
             ds = v_set1(dS[e])
-            of_own = v_fma(ds, v_where_lt(x, v_zero(), slope, one), of_own)
+            of_own = v_fma(ds, v_where_lt(v_zero(), x, one, slope), of_own)
             of_w = v_fma(ds, leaky(x, slope), of_w)
         v_store(own_grad + d, v_fma(of_own, v_load(t.w + d), v_load(own_grad + d)))
         if w_grad != NULL:
@@ -407,39 +697,80 @@ cdef void add_slopes(Edges* t, const real* dS, const fastattn_array* a, const fa
         d += VL
 
 
-cdef void row_gradient(Edges* t, int64_t begin, int64_t end, int64_t out_row, real* w_grad) noexcept nogil:
+cdef void block_gradient(Edges* t, int64_t begin, int64_t end, real lse, double count) noexcept nogil:
+    # Of edges [begin, end): P and dP with the dropout's factors, and G, what P without it changes with its score; in t.bias the
+    # slopes of the softcap
+    cdef const fastattn_graph* p = t.p
+    cdef real x
+    cdef Py_ssize_t i
+    gather_edges(t, begin, end)
+    if t.n == 0:
+        return
+    edge_scores(t)
+    if p.softcap > 0:           # before the weights take the scores' place; the bias was added behind the cap
+        for i in range(t.n):
+            x = (t.S[i] - (t.bias[i] if p.edge_bias.data != NULL else 0))/<real>p.softcap
+            t.bias[i] = (1 - x)*(1 + x)
+    if p.normalizer == FASTATTN_SOFTMAX:
+        weigh_edges(t.S, t.n, lse)
+        memcpy(t.G, t.S, t.n*sizeof(real))
+    else:
+        weigh_alone(p, t.S, t.G, t.n, 0, lse, count)
+    edge_dots(t, t.g, &p.value, &p.edge_value, t.v_at, p.Dv, t.dP)
+    if p.dropout != 0:
+        keep_edges(t, t.keep)
+        for i in range(t.n):
+            t.dP[i] = t.dP[i]*t.keep[i] if t.keep[i] != 0 else 0
+            t.S[i] = t.S[i]*t.keep[i] if t.keep[i] != 0 else 0
+
+
+cdef void row_sums(Edges* t, int64_t row, real lse, double* of_dP, double* of_g) noexcept nogil:
+    # Over the edges of the target or a part: sum G dP, sum G
+    cdef const fastattn_graph* p = t.p
+    cdef int64_t begin = p.begin[row]
+    cdef Py_ssize_t i
+    of_dP[0] = of_g[0] = 0
+    while begin < p.end[row]:
+        block_gradient(t, begin, min(p.end[row], begin + EDGES), lse, 0)
+        for i in range(t.n):
+            of_dP[0] += <double>t.G[i]*t.dP[i]
+            of_g[0] += t.G[i]
+        begin += EDGES
+
+
+cdef void row_gradient(Edges* t, int64_t row, real* w_grad) noexcept nogil:
     # One target, one head: dZ and P of its edges, and its query's gradient.
     cdef const fastattn_graph* p = t.p
     cdef real lse = (<const real*>node(&p.lse, t.row, t.h))[0]
     cdef real delta = (<const real*>node(&p.delta, t.row, t.h))[0]
-    cdef real dz, x
+    cdef int64_t begin = p.begin[row]
+    cdef int64_t end = p.end[row]
+    cdef double count = 0
+    cdef double of_dP, of_g
+    cdef bint done = False
+    cdef real dz
     cdef real* at
-    cdef real keep[EDGES]
     cdef Py_ssize_t i
     unpack(&p.query, t.row, t.h, p.D, t.q)
     unpack(&p.grad_out, t.row, t.h, p.Dv, t.g)
+    if p.mode == FASTATTN_GRAPH_DELTA:
+        row_sums(t, row, lse, &p.pairs[2*(row*p.H + t.h)], &p.pairs[2*(row*p.H + t.h) + 1])
+        return
+    if is_sparse(p) and p.rows == NULL:
+        row_sums(t, row, lse, &of_dP, &of_g)
+        delta = <real>(of_dP/of_g) if of_g != 0 else 0
+        done = end - begin <= EDGES
+    elif p.normalizer != FASTATTN_SOFTMAX:
+        count = count_of(t, begin, end, row, t.h)
     memset(t.O, 0, whole(p.D)*sizeof(real))
     while begin < end:
-        gather_edges(t, begin, min(end, begin + EDGES))
+        if not done:
+            block_gradient(t, begin, min(end, begin + EDGES), lse, count)
         begin += EDGES
         if t.n == 0:
             continue
-        edge_scores(t)
-        if p.softcap > 0:       # before the weights take the scores' place; the bias was added behind the cap
-            for i in range(t.n):
-                x = (t.S[i] - (t.bias[i] if p.edge_bias.data != NULL else 0))/<real>p.softcap
-                t.bias[i] = (1 - x)*(1 + x)
-        weigh_edges(t.S, t.n, lse)
-        edge_dots(t, t.g, &p.value, &p.edge_value, t.v_at, p.Dv, t.dP)
-        if p.dropout != 0:
-            keep_edges(t, keep)
         for i in range(t.n):
-            x = t.S[i]
-            dz = t.dP[i]
-            if p.dropout != 0:
-                dz = dz*keep[i] if keep[i] != 0 else 0
-                t.S[i] = x*keep[i] if keep[i] != 0 else 0
-            dz = x*(dz - delta)
+            dz = t.G[i]*(t.dP[i] - delta)
             at = <real*>p.weights + t.at[i]*p.H + t.h
             at[0] = t.S[i]
             at = <real*>p.grad_bias + t.at[i]*p.H + t.h
@@ -452,7 +783,7 @@ cdef void row_gradient(Edges* t, int64_t begin, int64_t end, int64_t out_row, re
             add_edges(t, t.S, &p.key, &p.edge_key, t.k_at, p.D, 1)
         else:
             add_slopes(t, t.S, &p.key, &p.edge_key, t.O, w_grad)
-    write_node(&p.grad_query, out_row, t.h, p.D, t.O, 1)
+    write_node(&p.grad_query, row, t.h, p.D, t.O, 1)
 
 
 cdef void sum_row(Edges* t, int64_t begin, int64_t end, int64_t out_row) noexcept nogil:
@@ -487,18 +818,53 @@ cdef size_t lay_out_edges(Edges* t, const fastattn_graph* p, char* memory) noexc
     cdef Py_ssize_t wide = max(whole(p.D), whole(p.Dv))
     cdef real* at = <real*>(memory + (sizeof(Edges) + 63)//64*64)
     t.q = at
-    t.w = t.q + p.H*whole(p.D)
+    t.w = t.q + max(TWINS, p.H)*whole(p.D)
     t.g = t.w + whole(p.D)
     t.Ob = t.g + whole(p.Dv)
     t.O = t.Ob + wide
-    t.l = <double*>(t.O + p.H*wide)
-    t.m = <real*>(t.l + p.H)
-    return <char*>(t.m + p.H) - memory
+    t.l = <double*>(t.O + max(TWINS, p.H)*wide)
+    t.m = <real*>(t.l + max(TWINS, p.H))
+    t.scores = t.m + max(TWINS, p.H)
+    if is_sparse(p) and p.mode == FASTATTN_GRAPH_OUTPUT and p.scores == NULL:
+        return <char*>(t.scores + p.H*p.longest) - memory
+    return <char*>t.scores - memory
 
 
 cdef size_t graph_scratch(const fastattn_graph* p) noexcept nogil:
     cdef Edges t
     return lay_out_edges(&t, p, NULL)
+
+
+cdef void find_levels(const fastattn_graph* p, int64_t task) noexcept nogil:
+    # Of target task / H and head task % H
+    cdef int64_t i = task//p.H
+    cdef const real* S = <const real*>p.scores + (task % p.H)*p.n_scores + p.begin[i]
+    cdef real m
+    level_of(p, S, p.end[i] - p.begin[i], &m, &p.pairs[2*task + 1])
+    p.pairs[2*task] = m
+
+
+cdef void attend_task(Edges* t, int64_t i, int64_t stop) noexcept nogil:
+    # Targets with the same sources go head by head: keys and values of one are found in the cache again.
+    cdef int64_t end, h, row
+    cdef int n
+    while i < stop:
+        if is_sparse(t.p):
+            attend_sparsely(t, i)
+            i += 1
+            continue
+        end = i + alike(t.p, i, stop)
+        if end == i + 1:
+            attend_rows(t, i, 1, 0, t.p.H)
+            i += 1
+            continue
+        for h in range(t.p.H):
+            row = i
+            while row < end:
+                n = TWINS if end - row >= TWINS else 2 if end - row >= 2 else 1
+                attend_rows(t, row, n, h, h + 1)
+                row += n
+        i = end
 
 
 cdef void run_graph(const fastattn_graph* p, int64_t task, void* memory) noexcept nogil:
@@ -507,13 +873,19 @@ cdef void run_graph(const fastattn_graph* p, int64_t task, void* memory) noexcep
     cdef int64_t i, h
     cdef int64_t heads = p.Hkv if p.mode == FASTATTN_GRAPH_SUM else p.H
     cdef real* w_grad
+    if p.mode == FASTATTN_GRAPH_LEVELS:
+        find_levels(p, task)
+        return
     memset(t, 0, sizeof(Edges))         # lanes behind the last edge are computed with, not used
     t.p = p
     lay_out_edges(t, p, <char*>memory)
+    if p.mode == FASTATTN_GRAPH_OUTPUT:
+        attend_task(t, p.cuts[task], p.cuts[task + 1])
+        return
     for i in range(p.cuts[task], p.cuts[task + 1]):
-        t.row = p.rows[i] if p.rows != NULL else i
-        if p.mode == FASTATTN_GRAPH_OUTPUT:
-            attend_row(t, p.begin[i], p.end[i], i)
+        t.row = row_of(p, i)
+        if p.mode == FASTATTN_GRAPH_SCORES:
+            score_row(t, i, <real*>p.scores + p.first_score[i], p.n_scores)
             continue
         for h in range(heads):
             t.h = h
@@ -526,4 +898,4 @@ cdef void run_graph(const fastattn_graph* p, int64_t task, void* memory) noexcep
             w_grad = NULL
             if p.grad_w != NULL:
                 w_grad = <real*>p.grad_w + (task*p.H + h)*((p.D + 15)//16*16)
-            row_gradient(t, p.begin[i], p.end[i], i, w_grad)
+            row_gradient(t, i, w_grad)

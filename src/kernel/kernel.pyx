@@ -22,7 +22,7 @@ Glossary: B H Hkv L S D Dv as in fastattn.h; q k v o lse; m maximum, l sum; lo/h
 include "simd.pxi"
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 include "abi.pxi"
 
