@@ -331,8 +331,8 @@ cdef void gradient_segment(Task* t, int first, int vectors, const Operands* of, 
             sum_seen_rows(P, words + begin, lane, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv)
             sum_seen_rows(dS, words + begin, lane, n_lanes, back.Q + lane*back.ldq, back.ldq, back.dK + at*ldk, m, ldk)
         else:
-            product_rows(P, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv, &t.later)
-            product_rows(dS, n_lanes, back.Q + lane*back.ldq, back.ldq, back.dK + at*ldk, m, ldk, &t.later)
+            product_rows(P, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv, ldv, &t.later)
+            product_rows(dS, n_lanes, back.Q + lane*back.ldq, back.ldq, back.dK + at*ldk, m, ldk, ldk, &t.later)
     if careful:
         sum_seen_keys(of.k, of.k_row, back.dS + lane, words, lane, vectors, parts, back.dQt + lane, p.D)
     else:

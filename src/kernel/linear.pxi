@@ -41,7 +41,7 @@ cdef struct Linear:
     bint backwards, values, features    # what lanes want: Ot, Et
     bint careful
     Parts parts
-    Ahead later                         # nothing
+    Ahead later
     real* Bt                            # [F][LANES]
     real* At                            # [F][LANES]
     real* Xb                            # [D][LANES] the rows themselves, where φ is a product
@@ -182,15 +182,22 @@ cdef void unpack_values(const Linear* t, int64_t h, int64_t first, Py_ssize_t n,
     # rows[i] = [v, 1, 0 ...]
     cdef const fastattn_array* a = &t.p.value
     cdef const char* data = rows_at(t.p, a, t.b, h, first)
+    cdef Py_ssize_t Dv = t.p.Dv
+    cdef Py_ssize_t inside = Dv//VL*VL if a.kind == FASTATTN_REAL and a.col == 1 else 0
     cdef Py_ssize_t i, d
+    cdef const real* from_
     cdef real* row
     for i in range(n):
         row = rows + i*t.W
+        from_ = <const real*>data + i*a.row     # read where it is reals
         d = 0
-        while d < t.W:
-            v_store(row + d, load_row(data, i*a.row + d*a.col, a.col, t.p.Dv - d, a.kind) if d < t.p.Dv else v_zero())
+        while d < inside:
+            v_store(row + d, v_load(from_ + d))
             d += VL
-        row[t.p.Dv] = 1
+        while d < t.W:
+            v_store(row + d, load_row(data, i*a.row + d*a.col, a.col, Dv - d, a.kind) if d < Dv else v_zero())
+            d += VL
+        row[Dv] = 1
 
 
 cdef void unpack_gradients(const Linear* t, int64_t h, int64_t first, Py_ssize_t n, real* rows) noexcept nogil:
@@ -219,15 +226,22 @@ cdef void unpack_gradients(const Linear* t, int64_t h, int64_t first, Py_ssize_t
 
 
 cdef bint finite_part(const real* x, Py_ssize_t ld, Py_ssize_t m, Py_ssize_t n) noexcept nogil:
-    # of x[m, n], all but the lanes behind n
-    cdef vf bad = v_zero()
+    # of x[m, n]; four sums, for one would wait for itself
+    cdef vf bad[4]
     cdef Py_ssize_t i, d
+    cdef int u
+    for u in range(4):
+        bad[u] = v_zero()
     for i in range(m):
         d = 0
+        while d + 4*VL <= n:
+            for u in range(4):
+                bad[u] = v_fma(v_load(x + i*ld + d + u*VL), v_zero(), bad[u])
+            d += 4*VL
         while d < n:
-            bad = v_fma(v_load_part(x + i*ld + d, n - d), v_zero(), bad)
+            bad[0] = v_fma(v_load_part(x + i*ld + d, n - d), v_zero(), bad[0])
             d += VL
-    return not v_any_nan(bad)
+    return not v_any_nan(v_add(v_add(bad[0], bad[1]), v_add(bad[2], bad[3])))
 
 
 # --- a chunk ---------------------------------------------------------------------------------------------------------
@@ -288,7 +302,7 @@ cdef void within(Linear* t, Py_ssize_t n, int all_vectors) noexcept nogil:
                 memset(t.S + k*LANES + lane, 0, vectors*VL*sizeof(real))
             product_t(vectors, t.Bt + begin, LANES, t.At + lane, all_of(t, t.F), t.S + begin*LANES + lane, end - begin,
                       t.ones)
-            hide(t, begin, end, lane, vectors)
+            hide(t, max(begin, lane), min(end, lane + HALF), lane, vectors)
             if t.careful:
                 add_careful(t, t.C, t.W, 1, begin, end, lane, vectors, t.Ot, t.N)
             else:
@@ -297,12 +311,38 @@ cdef void within(Linear* t, Py_ssize_t n, int all_vectors) noexcept nogil:
         if t.features:
             product_n(vectors, t.C + begin*t.W, t.W, t.Vt + lane, t.N, t.S + begin*LANES + lane, end - begin, STORE, 1,
                       &t.later)
-            hide(t, begin, end, lane, vectors)
+            hide(t, max(begin, lane), min(end, lane + HALF), lane, vectors)
             if t.careful:
                 add_careful(t, t.Bt, 1, LANES, begin, end, lane, vectors, t.Et, t.F)
             else:
                 product_n(vectors, t.Bt + begin, LANES, t.S + begin*LANES + lane, end - begin, t.Et + lane, t.F, ADD, 1,
                           &t.later)
+
+
+cdef void add_sources(Linear* t, Py_ssize_t n) noexcept nogil:
+    # T += Bt C over n sources. Where v fills whole vectors, the last column would take one more: it is summed by itself.
+    cdef Py_ssize_t Dv = t.p.Dv
+    cdef vf sums[VL]
+    cdef real lanes[VL]
+    cdef real last[LANES]
+    cdef Py_ssize_t f, i, j
+    product_rows(t.Bt, n, t.C, t.W, t.T, t.F, t.W, whole(Dv), &t.later)
+    if Dv % VL != 0:
+        return
+    for j in range(n):
+        last[j] = t.C[j*t.W + Dv]
+    f = 0
+    while f < t.F:
+        for i in range(VL):
+            sums[i] = v_zero()
+            j = 0
+            while f + i < t.F and j < n:
+                sums[i] = v_fma(v_load_part(t.Bt + (f + i)*LANES + j, n - j), v_load_part(last + j, n - j), sums[i])
+                j += VL
+        v_store(lanes, v_sums(sums))
+        for i in range(min(<Py_ssize_t>VL, t.F - f)):
+            t.T[(f + i)*t.W + Dv] += lanes[i]
+        f += VL
 
 
 cdef void add_states(const real* a, const real* b, Py_ssize_t n, real* to) noexcept nogil:
@@ -357,6 +397,33 @@ cdef void end_lanes(Linear* t, int64_t h, int64_t first, Py_ssize_t n, const rea
     write_out(t.Xa, t.ones, n, vectors, t.D, rows_at(p, to, t.b, h, first), to.row, to.col, to.kind)
 
 
+cdef inline void expect_rows(Linear* t, const fastattn_array* a, int64_t h, int64_t first, int64_t end,
+                             Py_ssize_t columns) noexcept nogil:
+    cdef Rows* rows = &t.later.rows[t.later.n]
+    if end <= first or a.col != 1:
+        return
+    rows.at = rows_at(t.p, a, t.b, h, first)
+    rows.row = a.row*v_size(a.kind)
+    rows.size = columns*v_size(a.kind)
+    rows.left = min(end - first, LANES)
+    t.later.n += 1
+
+
+cdef void expect_chunk(Linear* t, int64_t first) noexcept nogil:
+    # During the product that comes: the rows of the chunk after this one.
+    cdef const fastattn_linear* p = t.p
+    cdef int64_t h = t.h_kv*(p.H//p.Hkv)
+    cdef int64_t keys = visible_keys(p, t.b)
+    first += -LANES if t.backwards else LANES
+    if first < 0:
+        return
+    if p.mode != FASTATTN_LINEAR_KEY or p.causal:
+        expect_rows(t, &p.key, t.h_kv, first, keys, p.D)
+        expect_rows(t, &p.value, t.h_kv, first, keys, p.Dv)
+    if p.mode == FASTATTN_LINEAR_KEY or p.causal:
+        expect_rows(t, &p.query, h, first, p.L, p.D)
+
+
 cdef void chunk(Linear* t, int64_t first, Py_ssize_t n_b, Py_ssize_t n_a, bint join) noexcept nogil:
     # n_a lanes and n_b sources from row `first` on; sources join T if that is wanted. The heads of a key head take turns.
     cdef const fastattn_linear* p = t.p
@@ -378,7 +445,7 @@ cdef void chunk(Linear* t, int64_t first, Py_ssize_t n_b, Py_ssize_t n_a, bint j
             else:
                 unpack_values(t, of_source + b, first, n_b, t.C)
             if n_a > 0:
-                t.careful = not (finite_part(t.C, t.W, n_b, t.W) and finite_part(t.Bt, LANES, t.F, n_b))
+                t.careful = not (finite_part(t.C, t.W, n_b, t.N) and finite_part(t.Bt, LANES, t.F, n_b))
         if n_a > 0:
             for a in range(heads_a):
                 if b == 0:
@@ -388,7 +455,9 @@ cdef void chunk(Linear* t, int64_t first, Py_ssize_t n_b, Py_ssize_t n_a, bint j
                 if b == heads_b - 1:
                     end_lanes(t, own + a, first, n_a, state)
         if n_b > 0 and join:
-            product_rows(t.Bt, n_b, t.C, t.W, t.T, t.F, t.W, &t.later)
+            expect_chunk(t, first)
+            add_sources(t, n_b)
+            t.later.n = 0
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
