@@ -821,6 +821,72 @@ def pretrained(run):
                            f" ({1e3 * mine:.0f} ms, {stats['eager'] / mine:.2f} × eager)")
 
 
+def torch_linear(query, key, value, chunk):
+    """Causal linear attention (elu + 1) in torch, (H, L, D): chunk by chunk; with chunk 0, all outer products at once."""
+    import torch
+
+    q, k = (torch.nn.functional.elu(x) + 1 for x in (query, key))
+    v = torch.nn.functional.pad(value, (0, 1), value=1.0)
+    H, L, D = q.shape
+    if chunk == 0:
+        out = torch.einsum("hld,hlde->hle", q, torch.einsum("hld,hle->hlde", k, v).cumsum(dim=1))
+    else:
+        q, k, v = (x.reshape(H, -1, chunk, x.shape[-1]) for x in (q, k, v))
+        sums = (k.transpose(-1, -2) @ v).cumsum(dim=1)
+        before = torch.nn.functional.pad(sums[:, :-1], (0, 0, 0, 0, 1, 0))
+        out = (torch.tril(q @ k.transpose(-1, -2)) @ v + q @ before).reshape(H, L, -1)
+    return out[..., :-1] / out[..., -1:]
+
+
+def linear(run):
+    """Causal linear attention: share of the FMA peak, growth with the length, against torch written out."""
+    D, lengths = cases.LINEAR_D, (300, 600, 900) if run.short else cases.LINEAR_LENGTHS
+    rng = np.random.default_rng(9)
+    for H in cases.LINEAR_HEADS:
+        arrays = {S: [rng.standard_normal((H, S, D), dtype=np.float32) for _ in range(3)] for S in lengths}
+        few = [x[:, :256] for x in arrays[lengths[0]]]
+        worst = np.abs(fa.linear_attention(*few, causal=True) - fa.reference.linear_attention(*few, causal=True)).max()
+        what = f"linear attention, causal, H = {H}, D = {D}"
+        if not worst <= 1e-5:
+            yield wrong(what, float(worst))
+        if run.short:
+            continue
+        calls = {S: partial(fa.linear_attention, *x, causal=True, out=np.empty_like(x[0])) for S, x in arrays.items()}
+        S = lengths[-1]
+        saved = fa.linear_attention(*arrays[S], causal=True, return_normalizer=True)
+        calls["backward"] = partial(fa.linear_attention_backward, saved[0], *arrays[S], *saved, causal=True)
+        peaks = []
+        times = {name: s.median for name, s in bench.interleave(
+            calls, run.budget, each_round=lambda peaks=peaks: peaks.append(bench.fma_peak(run.threads))).items()}
+        for n in lengths[1:]:
+            yield at_most(f"{what}, time a row at S = {n} against S = {lengths[0]}", cases.LINEAR_GROWTH,
+                          times[n] / n / (times[lengths[0]] / lengths[0]), " ×")
+        if None not in peaks:
+            speed, peak = 8 * H * S * D**2 / times[S] * 1e-9, statistics.median(peaks)
+            yield at_least(f"{what}, S = {S}, share of the FMA peak", 100 * cases.LINEAR_SHARE, 100 * speed / peak,
+                           " %", f" of {peak:.0f} GFLOP/s")
+        yield at_most(f"{what}, S = {S}, backward", cases.LINEAR_BACKWARD, times["backward"] / times[S], " × forward")
+        try:
+            import torch
+        except ImportError as missing:
+            yield not_measured(f"{what}, against torch", f"≥ {cases.LINEAR_OVER_TORCH} ×", str(missing))
+            continue
+        torch.set_num_threads(run.threads)
+        for name, chunks, n in (("chunks", cases.LINEAR_CHUNKS, S), ("outer products", (0,), cases.LINEAR_OUTER)):
+            if name == "outer products" and H > 1:
+                continue
+            tensors = [torch.from_numpy(x) for x in arrays[n]]
+            peers = {chunk: partial(torch_linear, *tensors, chunk) for chunk in chunks}
+            if not np.abs(peers[chunks[0]]().numpy() - calls[n]()).max() <= 1e-4:
+                yield Line(f"{what}, torch, {name}", "the same result", "another", WRONG)
+            stats = {key: s.median for key, s in bench.interleave({"fastattn": calls[n]} | peers, run.budget).items()}
+            best = min(chunks, key=stats.get)
+            note = f" ({stats['fastattn'] * 1e3:.4g} against {stats[best] * 1e3:.4g} ms" + f", chunks of {best})" * (
+                best > 0) + ")" * (best == 0)
+            yield at_least(f"{what}, S = {n}, against torch's {name}", cases.LINEAR_OVER_TORCH,
+                           stats[best] / stats["fastattn"], " × torch", note)
+
+
 def short(run):
     """Small problems, results only; and the comparator refuses results that are wrong by little."""
     row = cases.Row(1, 2, 64, 64)
@@ -838,10 +904,10 @@ def short(run):
 
 
 CHECKS = [grid, long, options, window_peers, packed, compiling, weights, float64, decode, small_decode, paged, latent,
-          half_grid, half, cliff, append, gradient_grid, gradient_options, training,
+          half_grid, half, cliff, append, gradient_grid, gradient_options, linear, training,
           pretrained, tiny, forced, threads, after_matmul, scratch,
           imports, wheel]
-SHORT_CHECKS = [short, options, decode, gradient_grid, scratch, imports]
+SHORT_CHECKS = [short, options, decode, gradient_grid, linear, scratch, imports]
 
 
 def python(command, folder, **environment):

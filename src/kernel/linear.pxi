@@ -16,9 +16,11 @@
 # The walk goes in chunks of LANES rows. What comes before a chunk is in the state; within it, S is [sources][lanes], 0 where
 # the lane does not see the source:
 #
-#     Ot = C ᵀ(Btᵀ At) + Rᵀ At        product T, T, T         Bt, At [F][LANES]   C [LANES][W]   Vt, Ot [N][LANES]
+#     Ot = Cᵀ (Btᵀ At) + Rᵀ At        product T, T, T         Bt, At [F][LANES]   C [LANES][W]   Vt [N][LANES]
 #     Et = Bt (C Vt) + R Vt           product N, N, N         Et [F][LANES]       R [F][W], W = N up to whole vectors
 #     R += Bt C                       product N
+#
+# Row Dv of Ot, the normalizer, is summed beside the products, and v is read where it lies if that will do.
 #
 # A segment of SEGMENT rows is summed from zero, T, and joins the sums of those before it, `prefix`, at its end; the state of a
 # chunk is prefix + T. So the sums of segments can be made at once, by tasks of their own (SUMS), then added in order
@@ -47,6 +49,8 @@ cdef struct Linear:
     real* Xb                            # [D][LANES] the rows themselves, where φ is a product
     real* Xa                            # [D][LANES]; then the gradient of the lanes' rows
     real* C                             # [LANES][W]
+    const real* rows                    # C, or where v lies if that will do: rows of v without the 1, ld apart
+    Py_ssize_t ld
     real* V                             # [LANES][W]
     real* Vt                            # [N][LANES]
     real* S                             # [LANES][LANES]
@@ -200,6 +204,15 @@ cdef void unpack_values(const Linear* t, int64_t h, int64_t first, Py_ssize_t n,
         row[Dv] = 1
 
 
+cdef bint in_place(Linear* t, int64_t h, int64_t first) noexcept nogil:
+    # Values are read where they lie if they fill whole vectors and none of the products wants the 1 behind them.
+    cdef const fastattn_array* a = &t.p.value
+    if t.features or a.kind != FASTATTN_REAL or a.col != 1 or t.p.Dv % VL != 0:
+        return False
+    t.rows, t.ld = <const real*>rows_at(t.p, a, t.b, h, first), a.row
+    return True
+
+
 cdef void unpack_gradients(const Linear* t, int64_t h, int64_t first, Py_ssize_t n, real* rows) noexcept nogil:
     # rows[i] = [g, -g · out, 0 ...] / z; zero where z is
     cdef const fastattn_linear* p = t.p
@@ -286,6 +299,22 @@ cdef void add_careful(const Linear* t, const real* A, Py_ssize_t step, Py_ssize_
             v_store(to + i*LANES + lane + g*VL, v_add(v_load(to + i*LANES + lane + g*VL), acc))
 
 
+cdef inline void add_weighted(const int nv, Linear* t, const real* a, Py_ssize_t step, const real* rows, Py_ssize_t n,
+                              Py_ssize_t lane) noexcept nogil:
+    # the normalizer, row Dv of Ot, += sum of a[k step] rows[k, lane], for nv vectors of lanes, whatever is in the last ones
+    cdef real* to = t.Ot + t.p.Dv*LANES + lane
+    cdef vf acc[BLOCK_VECTORS]
+    cdef Py_ssize_t k
+    cdef int g
+    for g in range(nv):
+        acc[g] = v_zero()
+    for k in range(n):
+        for g in range(nv):
+            acc[g] = v_fma(v_set1(a[k*step]), v_load(rows + k*LANES + g*VL), acc[g])
+    for g in range(nv):
+        v_store(to + g*VL, v_add(v_load(to + g*VL), acc[g]))
+
+
 cdef void within(Linear* t, Py_ssize_t n, int all_vectors) noexcept nogil:
     # What the n sources of a chunk bring to its lanes, half of which go with the half of the sources that they see.
     cdef Py_ssize_t lane, begin, end, k
@@ -304,10 +333,12 @@ cdef void within(Linear* t, Py_ssize_t n, int all_vectors) noexcept nogil:
                       t.ones)
             hide(t, max(begin, lane), min(end, lane + HALF), lane, vectors)
             if t.careful:
-                add_careful(t, t.C, t.W, 1, begin, end, lane, vectors, t.Ot, t.N)
+                add_careful(t, t.rows, t.ld, 1, begin, end, lane, vectors, t.Ot, t.p.Dv)
             else:
-                product_t(vectors, t.C + begin*t.W, t.W, t.S + begin*LANES + lane, all_of(t, end - begin), t.Ot + lane, t.N,
-                          t.ones)
+                product_t(vectors, t.rows + begin*t.ld, t.ld, t.S + begin*LANES + lane, all_of(t, end - begin), t.Ot + lane,
+                          t.p.Dv, t.ones)
+            if not t.features:
+                add_weighted(HALF//VL, t, t.ones, 0, t.S + begin*LANES + lane, end - begin, lane)
         if t.features:
             product_n(vectors, t.C + begin*t.W, t.W, t.Vt + lane, t.N, t.S + begin*LANES + lane, end - begin, STORE, 1,
                       &t.later)
@@ -326,11 +357,11 @@ cdef void add_sources(Linear* t, Py_ssize_t n) noexcept nogil:
     cdef real lanes[VL]
     cdef real last[LANES]
     cdef Py_ssize_t f, i, j
-    product_rows(t.Bt, n, t.C, t.W, t.T, t.F, t.W, whole(Dv), &t.later)
+    product_rows(t.Bt, n, t.rows, t.ld, t.T, t.F, t.W, whole(Dv), &t.later)
     if Dv % VL != 0:
         return
     for j in range(n):
-        last[j] = t.C[j*t.W + Dv]
+        last[j] = t.C[j*t.W + Dv] if t.rows == t.C else <real>1
     f = 0
     while f < t.F:
         for i in range(VL):
@@ -377,10 +408,11 @@ cdef void end_lanes(Linear* t, int64_t h, int64_t first, Py_ssize_t n, const rea
     cdef real* kept
     cdef Py_ssize_t i
     if t.values:
-        product_t(vectors, state, t.W, t.At, all_of(t, t.F), t.Ot, t.N, t.ones)
+        product_t(vectors, state, t.W, t.At, all_of(t, t.F), t.Ot, p.Dv, t.ones)
     if t.features:
         product_n(vectors, state, t.W, t.Vt, t.N, t.Et, t.F, ADD, 1, &t.later)
     if p.mode == FASTATTN_LINEAR_OUTPUT:
+        add_weighted(BLOCK_VECTORS, t, state + p.Dv, t.W, t.At, t.F, 0)
         for i in range(vectors*VL):
             t.factor[i] = 1/z[i] if z[i] != 0 else <real>0
         write_out(t.Ot, t.factor, n, vectors, p.Dv, rows_at(p, &p.out, t.b, h, first), p.out.row, p.out.col, p.out.kind)
@@ -422,6 +454,13 @@ cdef void expect_chunk(Linear* t, int64_t first) noexcept nogil:
         expect_rows(t, &p.value, t.h_kv, first, keys, p.Dv)
     if p.mode == FASTATTN_LINEAR_KEY or p.causal:
         expect_rows(t, &p.query, h, first, p.L, p.D)
+    t.later.at = t.later.n_next = 0
+    if p.mode == FASTATTN_LINEAR_OUTPUT and p.causal and p.out.col == 1 and first < p.L:
+        t.later.next[0].at = rows_at(p, &p.out, t.b, h, first)
+        t.later.next[0].row = p.out.row*v_size(p.out.kind)
+        t.later.next[0].size = p.Dv*v_size(p.out.kind)
+        t.later.next[0].left = min(p.L - first, LANES)
+        t.later.n_next = t.later.pace = 1
 
 
 cdef void chunk(Linear* t, int64_t first, Py_ssize_t n_b, Py_ssize_t n_a, bint join) noexcept nogil:
@@ -438,14 +477,15 @@ cdef void chunk(Linear* t, int64_t first, Py_ssize_t n_b, Py_ssize_t n_a, bint j
         add_states(t.prefix, t.T, t.F*t.W, t.state)
         state = t.state
     for b in range(heads_b):
+        t.rows, t.ld = t.C, t.W
         if n_b > 0:
             pack_features(t, p.mode == FASTATTN_LINEAR_KEY, of_source + b, first, n_b, t.Xb, t.Bt)
             if p.mode == FASTATTN_LINEAR_KEY:
                 unpack_gradients(t, of_source + b, first, n_b, t.C)
-            else:
+            elif not in_place(t, of_source + b, first):
                 unpack_values(t, of_source + b, first, n_b, t.C)
             if n_a > 0:
-                t.careful = not (finite_part(t.C, t.W, n_b, t.N) and finite_part(t.Bt, LANES, t.F, n_b))
+                t.careful = not (finite_part(t.rows, t.ld, n_b, p.Dv) and finite_part(t.Bt, LANES, t.F, n_b))
         if n_a > 0:
             for a in range(heads_a):
                 if b == 0:
@@ -457,7 +497,7 @@ cdef void chunk(Linear* t, int64_t first, Py_ssize_t n_b, Py_ssize_t n_a, bint j
         if n_b > 0 and join:
             expect_chunk(t, first)
             add_sources(t, n_b)
-            t.later.n = 0
+            t.later.n = t.later.n_next = 0
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
