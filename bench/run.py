@@ -822,7 +822,7 @@ def pretrained(run):
 
 
 def torch_linear(query, key, value, chunk):
-    """Causal linear attention (elu + 1) in torch, (H, L, D): chunk by chunk; with chunk 0, all outer products at once."""
+    """Causal linear attention (elu + 1) in torch, (H, L, D): in chunks; with chunk 0, all outer products at once."""
     import torch
 
     q, k = (torch.nn.functional.elu(x) + 1 for x in (query, key))
