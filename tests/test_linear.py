@@ -187,6 +187,7 @@ def everything(arrays, g, **options):
     return out, z, *state, *fa.linear_attention_backward(g, *arrays, out, z, **options)
 
 
+@pytest.mark.compiled
 @both_dtypes
 @all_maps
 @plain_or_causal
@@ -269,34 +270,43 @@ def test_rows_do_not_depend_on_others():
 
 # --- states ---
 
+@pytest.mark.compiled
+@both_dtypes
+@all_maps
+def test_pieces_of_segments_have_the_bits_of_one_call(feature_map, dtype):
+    rng = generator(0, 7)
+    arrays = drawn(rng, ((2,), 2, 1, 4300, 4300, 6, 9), dtype)
+    options = {"feature_map": feature_map, "causal": True, "return_state": True}
+    whole, end = fa.linear_attention(*arrays, **options)
+    state, parts = None, []
+    for begin, stop in ((0, 2048), (2048, 4096), (4096, 4300)):
+        part, state = fa.linear_attention(*(x[:, :, begin:stop] for x in arrays), state=state, **options)
+        parts.append(part)
+    for x, y in zip((np.concatenate(parts, axis=-2), *state), (whole, *end)):
+        assert_same_bits(x, y, {})
+
+
 @both_dtypes
 @all_maps
 def test_streaming(feature_map, dtype):
-    """Pieces of multiples of 2048 have the bits of one call; others its result."""
-    rng = generator(0, 7)
-    arrays = drawn(rng, ((2,), 2, 1, 4300, 4300, 6, 9), dtype)
-    options = {"feature_map": feature_map, "causal": True}
-    whole, end = fa.linear_attention(*arrays, return_state=True, **options)
-    exact = Exact(*(x[:, :, :600] for x in arrays), feature_map, True)
-    for cuts in ([0, 2048, 4096, 4300], [0, 1, 2, 64, 190, 600]):
-        for forward in (fa.linear_attention, fa.reference.linear_attention):
-            state, parts = None, []
-            for begin, stop in zip(cuts, cuts[1:]):
-                part, state = forward(*(x[:, :, begin:stop] for x in arrays), state=state, return_state=True, **options)
-                parts.append(part)
-            out = np.concatenate(parts, axis=-2)
-            if cuts[1] != 2048:
-                # a call more is an addition more
-                assert_close(out, exact.out, exact.bound * (1 + len(cuts) / exact.depth), {})
-            elif forward is fa.linear_attention:
-                for x, y in zip((out, *state), (whole, *end)):
-                    assert_same_bits(x, y, {})
-    # the keys of a state are seen by all queries of a call that is not causal
-    _, state = fa.linear_attention(*(x[:, :, :300] for x in arrays), feature_map=feature_map, return_state=True)
-    out = fa.linear_attention(arrays[0][:, :, :600], *(x[:, :, 300:600] for x in arrays[1:]), feature_map=feature_map,
-                              state=state)
-    exact = Exact(*(x[:, :, :600] for x in arrays), feature_map, False)
-    assert_close(out, exact.out, exact.bound * (1 + 2 / exact.depth), {})
+    """Any pieces have the result of one call."""
+    rng = generator(0, 13)
+    arrays = drawn(rng, ((2,), 2, 1, 600, 600, 6, 9), dtype)
+    options = {"feature_map": feature_map, "return_state": True}
+    exact, cuts = Exact(*arrays, feature_map, True), [0, 1, 2, 64, 190, 600]
+    for forward in (fa.linear_attention, fa.reference.linear_attention):
+        state, parts = None, []
+        for begin, stop in zip(cuts, cuts[1:]):
+            piece = (x[:, :, begin:stop] for x in arrays)
+            part, state = forward(*piece, state=state, causal=True, **options)
+            parts.append(part)
+        # a call more is an addition more
+        assert_close(np.concatenate(parts, axis=-2), exact.out, exact.bound * (1 + len(cuts) / exact.depth), {})
+        # the keys of a state are seen by all queries of a call that is not causal
+        _, state = forward(*(x[:, :, :300] for x in arrays), **options)
+        out, _ = forward(arrays[0], *(x[:, :, 300:] for x in arrays[1:]), state=state, **options)
+        plain = Exact(*arrays, feature_map, False)
+        assert_close(out, plain.out, plain.bound * (1 + 2 / plain.depth), {})
 
 
 def test_a_state_of_one_token_at_a_time():
