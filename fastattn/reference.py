@@ -371,9 +371,8 @@ def run_linear(call, dtype=None):
     With the weights w[i, j] = features(q[i]) . features(k[j]) of one head at a time, all L x S of them.
     """
     dtype = np.dtype(dtype or np.float64).type
-    if call.mode == linear.KEY:
-        call.grad_key[...] = 0
-        call.grad_value[...] = 0
+    if call.mode == linear.KEY:  # the heads of a key head are added before they are rounded
+        of_key, of_value = (np.zeros(x.shape, dtype) for x in (call.grad_key, call.grad_value))
     with np.errstate(all="ignore"):
         for batch, head, kv_head in heads(call):
             n = call.S if call.kv_lengths is None else call.kv_lengths[batch]
@@ -405,8 +404,10 @@ def run_linear(call, dtype=None):
                 call.grad_query[head] = _through_features(call, grad, of_q, q, True)
             else:
                 grad = weighted_sum(of_weights.T, visible.T, of_q)
-                call.grad_key[kv_head][:n] += _through_features(call, grad, of_k, k, False)
-                call.grad_value[kv_head][:n] += weighted_sum(weights.T, visible.T, g)[:, :-1]
+                of_key[kv_head][:n] += _through_features(call, grad, of_k, k, False)
+                of_value[kv_head][:n] += weighted_sum(weights.T, visible.T, g)[:, :-1]
+    if call.mode == linear.KEY:
+        call.grad_key[...], call.grad_value[...] = of_key, of_value
 
 
 def linear_features(call, x, of_query):
