@@ -60,6 +60,13 @@ def linear_attention(
     state: tuple[_Array, _Array] | None = None, return_state: Literal[True], return_normalizer: Literal[True],
     out: NDArray[Any] | None = None, num_threads: _Integer | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any], LinearState]: ...
+@overload
+def linear_attention(
+    query: _Array, key: _Array, value: _Array, *, feature_map: _Map = "elu", num_features: _Integer | None = None,
+    seed: _Integer = 0, projection: _Array | None = None, causal: _Bool = False, kv_lengths: _Integers | None = None,
+    state: tuple[_Array, _Array] | None = None, return_state: _Bool = False, return_normalizer: _Bool = False,
+    out: NDArray[Any] | None = None, num_threads: _Integer | None = None,
+) -> NDArray[Any] | tuple[Any, ...]: ...
 def linear_attention_backward(
     grad_out: _Array, query: _Array, key: _Array, value: _Array, out: _Array, normalizer: _Array, *,
     feature_map: _Map = "elu", num_features: _Integer | None = None, seed: _Integer = 0,
