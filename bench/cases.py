@@ -259,6 +259,17 @@ ADDITIVE = (4, 128, 128, 128), (1, 1024, 1024, 256)  # (B, L, S, D)
 ADDITIVE_OVER_PEER = 3.0
 CHANGED = Row(1, 8, 2048, 64)
 
+# Linear attention, causal. The peer is torch written out, by chunks and as outer products summed along.
+LINEAR_LENGTHS = (16384, 32768, 65536)
+LINEAR_HEADS = (1, 8)
+LINEAR_D = 64
+LINEAR_GROWTH = 1.05  # time a row over that at the shortest length
+LINEAR_SHARE = 0.60  # of the FMA peak; 8 D^2 operations a row: four products of chunks of 64
+LINEAR_OVER_TORCH = 4.0
+LINEAR_CHUNKS = (64, 128, 256)  # of torch's
+LINEAR_OUTER = 16384  # rows whose outer products torch keeps all at once, 256 MiB
+LINEAR_BACKWARD = 3.0  # times the forward pass
+
 # The short run: the same code on small problems, for CI. 1, primes, a tile and one more, odd head sizes.
 SHORT_SHAPES = (
     (1, 1, 1, 1), (1, 1, 8, 16), (2, 3, 13, 7), (1, 2, 64, 64), (1, 2, 65, 128), (3, 2, 50, 64),

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import cases
+import kinds
 import numpy as np
-import scores
 from lines import NONE, PASS, SHORT, WRONG, Line, at_least, at_most, not_measured, wrong
 
 import fastattn as fa
@@ -792,72 +792,6 @@ def pretrained(run):
                            f" ({1e3 * mine:.0f} ms, {stats['eager'] / mine:.2f} × eager)")
 
 
-def off(results, right):
-    """The largest error of arrays over the largest value of each."""
-    pairs = [(np.asarray(x), np.asarray(y)) for x, y in zip(results, right, strict=True)]
-    return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in pairs)
-
-
-def graph(run):
-    """Attention along the edges of a graph against PyTorch Geometric's layers; a full graph against dense attention."""
-    peer_name, right = "PyTorch Geometric", 0
-    try:
-        import graphs
-    except ImportError as missing:
-        yield not_measured("attention along edges", f"≥ {cases.GRAPH_OVER_PEER[0]:.4g} × {peer_name}", str(missing))
-        return
-    nodes, edges, heads, size = cases.SHORT_GRAPH if run.short else cases.GRAPH
-    rng = np.random.default_rng(11)
-    for kind in cases.GRAPH_KINDS:
-        matrix = graphs.drawn(kind, nodes, edges, rng)
-        for name in bench.progress(cases.GRAPH_LAYERS):
-            layer = graphs.Layer(name, matrix, heads, size, rng)
-            what = f"{name} along {edges} edges, {kind}, {nodes} nodes, {heads} heads of {size}"
-            peer, reason = None, "results only"
-            try:
-                if not run.short:
-                    import torch
-
-                    torch.set_num_threads(run.threads)
-                    peer = layer.peer()
-            except ImportError as missing:
-                reason = str(missing)
-            out = layer.forward(fa.reference) if peer is None else peer[0]().numpy()
-            of = layer.both(fa.reference) if peer is None else [x.numpy() for x in peer[1]()]
-            worst = max(off([layer.forward()], [out]), off(layer.both(), of))
-            if not worst <= (cases.FULL_TOLERANCE if peer is None else cases.GRAPH_TOLERANCE):
-                yield wrong(what, worst)
-                continue
-            right += 1
-            if run.short:
-                continue
-            for n, passes in enumerate(("forward", "forward and backward")):
-                limit = cases.GRAPH_OVER_PEER[n]
-                if peer is None:
-                    yield not_measured(f"{what}, {passes}", f"≥ {limit:.4g} × {peer_name}", reason)
-                    continue
-                stats = bench.interleave({"mine": (layer.forward, layer.both)[n], "peer": peer[n]}, run.budget)
-                seconds = stats["mine"].median
-                yield at_least(f"{what}, {passes}", limit, stats["peer"].median / seconds, f" × {peer_name}",
-                               f" ({seconds * 1e3:.4g} ms)")
-    for length, heads, size in cases.FULL_GRAPHS:
-        length = 60 if run.short else length
-        calls = graphs.full(length, heads, size, rng)
-        what = f"all edges between {length} rows, {heads} heads of {size}, against dense attention"
-        worst = off([calls["graph"]().swapaxes(0, 1)], [calls["dense"]()])
-        if not worst <= cases.FULL_TOLERANCE:
-            yield wrong(what, worst)
-            continue
-        right += 1
-        if not run.short:
-            stats = bench.interleave(calls, run.budget)
-            yield at_most(what, cases.FULL_OVER_DENSE, stats["graph"].median / stats["dense"].median, " × the time",
-                          f" ({stats['graph'].median * 1e3:.3g} ms)")
-    if run.short:
-        many = len(cases.GRAPH_KINDS) * len(cases.GRAPH_LAYERS) + len(cases.FULL_GRAPHS)
-        yield at_least("small graphs with right results", many, right)
-
-
 def short(run):
     """Small problems, results only; and the comparator refuses results that are wrong by little."""
     row = cases.Row(1, 2, 64, 64)
@@ -875,11 +809,11 @@ def short(run):
 
 
 CHECKS = [grid, long, options, window_peers, packed, compiling, weights, float64, decode, small_decode, paged, latent,
-          half_grid, half, cliff, append, gradient_grid, gradient_options, graph, training, pretrained,
-          scores.normalizers, scores.additive, scores.changed, tiny, forced, threads, after_matmul, scratch,
+          half_grid, half, cliff, append, gradient_grid, gradient_options, training, pretrained, kinds.graph,
+          kinds.linear, kinds.normalizers, kinds.additive, kinds.changed, tiny, forced, threads, after_matmul, scratch,
           imports, wheel]
-SHORT_CHECKS = [short, options, decode, gradient_grid, graph, scores.normalizers, scores.additive, scratch,
-                imports]
+SHORT_CHECKS = [short, options, decode, gradient_grid, kinds.graph, kinds.linear, kinds.normalizers, kinds.additive,
+                scratch, imports]
 
 
 def python(command, folder, **environment):

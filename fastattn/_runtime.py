@@ -84,6 +84,10 @@ if _isa == "reference":
     def graph(call):
         from . import reference
         reference.run_graph(call)
+
+    def linear(call):
+        from . import reference
+        reference.run_linear(call)
 else:
     def _table(isa, bits):
         return importlib.import_module(f"{__package__}._kernel_{isa}_f{bits}").table
@@ -97,6 +101,7 @@ else:
     forward = _dispatch.forward
     backward = _dispatch.backward
     graph = _dispatch.graph
+    linear = _dispatch.linear
     store = _dispatch.store
     measure_peak = _dispatch.measure_peak
     read_once = _dispatch.read_once

@@ -21,6 +21,7 @@ import functools
 import numpy as np
 
 from . import additive, checks, gradient, graph, merge, score
+from . import linear_attention as linear
 from .bias import ALiBi
 
 
@@ -308,6 +309,9 @@ graph_attention, graph_attention_backward, gat_attention, gat_attention_backward
 additive_attention, additive_attention_backward = (
     _in_numpy(function, additive.kernels, lambda: (forward, backward))
     for function in (additive.additive_attention, additive.additive_attention_backward))
+linear_attention, linear_attention_backward = (
+    _in_numpy(function, linear.kernel, lambda: run_linear)
+    for function in (linear.linear_attention, linear.linear_attention_backward))
 
 
 def run_graph(call, dtype=None):
@@ -446,6 +450,74 @@ def weights_and_slopes(normalizer, offset, s):
     x = np.maximum((s - top) / (2 if squared else 1) - level, 0)
     tau = top / (2 if squared else 1) + level
     return (x * x, x, tau) if squared else (x, np.sign(x), tau)
+
+
+def run_linear(call, dtype=None):
+    """Fill the results of a call of linear_attention.py, computing in `dtype` (float64 unless given).
+
+    With the weights w[i, j] = features(q[i]) . features(k[j]) of one head at a time, all L x S of them.
+    """
+    dtype = np.dtype(dtype or np.float64).type
+    if call.mode == linear.KEY:  # the heads of a key head are added before they are rounded
+        of_key, of_value = (np.zeros(x.shape, dtype) for x in (call.grad_key, call.grad_value))
+    with np.errstate(all="ignore"):
+        for batch, head, kv_head in heads(call):
+            n = call.S if call.kv_lengths is None else call.kv_lengths[batch]
+            q, k, v = call.query[head].astype(dtype), call.key[kv_head][:n].astype(dtype), call.value[kv_head][:n]
+            v = np.concatenate([v.astype(dtype), np.ones((n, 1), dtype)], axis=1)
+            visible = np.ones((call.L, n), np.bool_)
+            if call.causal:
+                visible = np.tri(call.L, n, dtype=np.bool_)
+            of_q, of_k = linear_features(call, q, True), linear_features(call, k, False)
+            weights = np.where(visible, of_q @ of_k.T, 0)
+            if call.mode == linear.OUTPUT:
+                sums = weighted_sum(weights, visible, v)
+                if call.begin is not None:
+                    sums += of_q @ call.begin[kv_head][:, : call.Dv + 1].astype(dtype)
+                z = sums[:, -1:]
+                call.out[head] = np.where(z == 0, 0, sums[:, :-1] / z)
+                if call.normalizer is not None:
+                    call.normalizer[head] = z[:, 0]
+                if call.end is not None and head[-1] % (call.H // call.Hkv) == 0:
+                    call.end[kv_head] = 0 if call.begin is None else call.begin[kv_head]
+                    call.end[kv_head][:, : call.Dv + 1] += of_k.T @ v
+                continue
+            z = call.normalizer[head].astype(dtype)[:, None]
+            g = np.where(z == 0, 0, call.grad_out[head].astype(dtype) / z)
+            g = np.concatenate([g, -(g * call.out[head].astype(dtype)).sum(axis=1, keepdims=True)], axis=1)
+            of_weights = np.where(visible, g @ v.T, 0)
+            if call.mode == linear.QUERY:
+                grad = weighted_sum(of_weights, visible, of_k)
+                call.grad_query[head] = _through_features(call, grad, of_q, q, True)
+            else:
+                grad = weighted_sum(of_weights.T, visible.T, of_q)
+                of_key[kv_head][:n] += _through_features(call, grad, of_k, k, False)
+                of_value[kv_head][:n] += weighted_sum(weights.T, visible.T, g)[:, :-1]
+    if call.mode == linear.KEY:
+        call.grad_key[...], call.grad_value[...] = of_key, of_value
+
+
+def linear_features(call, x, of_query):
+    """The features (rows, F) of queries or keys (rows, D)."""
+    if call.map == linear.MAPS["elu"]:
+        return np.where(x > 0, x + 1, np.exp(x))
+    if call.map == linear.MAPS["relu"]:
+        return np.maximum(x, 0)
+    exponent = x @ call.projection.T.astype(x.dtype)
+    if not of_query:
+        return np.exp2(exponent - call.half * (x**2).sum(axis=1, keepdims=True) - call.shift)
+    exponent = exponent + call.shift
+    return np.exp2(exponent - exponent.max(axis=1, keepdims=True))
+
+
+def _through_features(call, grad, features, x, of_query):
+    if call.map == linear.MAPS["elu"]:
+        return grad * np.where(features > 1, 1, features)
+    if call.map == linear.MAPS["relu"]:
+        return np.where(features > 0, grad, features * 0)
+    grad = grad * features * np.log(2.0)
+    of_x = grad @ call.projection.astype(x.dtype)
+    return of_x if of_query else of_x - 2 * call.half * x * grad.sum(axis=1, keepdims=True)
 
 
 def philox(counter, seed):

@@ -162,7 +162,8 @@ cdef void poll(void* data) noexcept nogil:
 cdef struct Work:
     const fastattn_kernel* kernel
     const fastattn_problem* p
-    const fastattn_graph* graph         # instead of p
+    void (*each)(const void*, int64_t, void*) noexcept nogil     # does a task of `of`, instead of run and p; or NULL
+    const void* of
     const fastattn_problem* calls       # whose stop and poll are looked at
     bint in_turn                        # tasks wait for earlier ones: one at a time
     int64_t n_tasks, next, idle         # next: the first task nobody has; idle: threads that found none
@@ -187,8 +188,8 @@ cdef void work_off(Work* work) noexcept nogil:
                 break
             if thread == 0 and work.calls.poll != NULL:
                 work.calls.poll(work.calls.poll_data)
-            if work.graph != NULL:
-                work.kernel.graph(work.graph, task, work.scratch + thread*work.size)
+            if work.each != NULL:
+                work.each(work.of, task, work.scratch + thread*work.size)
             else:
                 work.kernel.run(work.p, work.n_tasks, task, thread == 0, work.scratch + thread*work.size)
     fastattn_add(&work.idle, 1)
@@ -240,7 +241,7 @@ cdef int threads_for(int n_threads, double flops) noexcept:
 cdef int perform(Work* work, fastattn_problem* p, int n_threads, double flops) except -1:
     # Do a work's tasks. `p` has stop and poll, and takes the memory that the tasks share.
     cdef size_t size = (work.size + 4095 + 128)//4096*4096 + 64   # not a multiple of 4096 apart: threads would share L1 sets
-    cdef size_t shared = (work.kernel.state(p) + 63)//64*64 if work.graph == NULL else 0
+    cdef size_t shared = (work.kernel.state(p) + 63)//64*64 if work.each == NULL else 0
     cdef size_t total
     cdef char* scratch
     cdef Watch watch
@@ -292,7 +293,7 @@ cdef int run(fastattn_problem* p, int n_threads) except -1:
         return 0
     p.abi = FASTATTN_ABI
     work.p = p
-    work.graph = NULL
+    work.each = NULL
     work.in_turn = p.reduce == FASTATTN_GRADIENT and p.chunks > 1
     work.size = work.kernel.scratch(p)
     return perform(&work, p, n_threads, flops)
@@ -640,12 +641,83 @@ def graph(call):
         return
     flops = 2.0*p.H*(p.n_edges + p.n_rows)*(p.D + p.Dv + 32)
     work.kernel = kernel_of(call.bits)
-    work.p = NULL
-    work.graph = &p
+    work.each = <void (*)(const void*, int64_t, void*) noexcept nogil>work.kernel.graph
+    work.of = &p
     work.in_turn = False
     work.n_tasks = p.n_tasks
     work.size = work.kernel.graph_scratch(&p)
     perform(&work, &calls, threads_for(n_threads, flops), flops)
+
+
+def linear(call):
+    """Fill the results of linear attention (see linear_attention.Call)."""
+    cdef fastattn_linear p
+    cdef fastattn_problem calls
+    cdef Work work
+    cdef double flops
+    cdef int64_t heads, sources, lanes
+    cdef int n_threads = 0 if call.num_threads is None else call.num_threads
+    cdef int i
+    cdef cnp.npy_intp shape[3]
+    cdef cnp.ndarray q = call.query
+    cdef cnp.ndarray sums
+    memset(&p, 0, sizeof(p))
+    memset(&calls, 0, sizeof(calls))
+    p.mode, p.map, p.causal, p.half = call.mode, call.map, call.causal, call.half
+    p.B = 1
+    p.n_lead = cnp.PyArray_NDIM(q) - 3
+    for i in range(p.n_lead):
+        p.lead[i] = cnp.PyArray_DIM(q, i)
+        p.B *= p.lead[i]
+    p.H, p.Hkv, p.L, p.S, p.D, p.Dv, p.F = call.H, call.Hkv, call.L, call.S, call.D, call.Dv, call.F
+    p.wide = (p.Dv + 16)//16*16
+    describe(&p.query, q, 3, p.n_lead)
+    describe(&p.key, call.key, 3, p.n_lead)
+    describe(&p.value, call.value, 3, p.n_lead)
+    describe(&p.out, call.out, 3, p.n_lead)
+    if call.normalizer is not None:
+        describe(&p.normalizer, call.normalizer, 2, p.n_lead)
+    if p.mode != FASTATTN_LINEAR_OUTPUT:
+        describe(&p.grad_out, call.grad_out, 3, p.n_lead)
+        describe(&p.grad_query, call.grad_query, 3, p.n_lead)
+        describe(&p.grad_key, call.grad_key, 3, p.n_lead)
+        describe(&p.grad_value, call.grad_value, 3, p.n_lead)
+    p.projection = NULL if call.projection is None else cnp.PyArray_DATA(call.projection)
+    p.shift = NULL if call.shift is None else cnp.PyArray_DATA(call.shift)
+    p.begin = NULL if call.begin is None else cnp.PyArray_DATA(call.begin)
+    p.end = NULL if call.end is None else cnp.PyArray_DATA(call.end)
+    p.kv_lengths = integers(call.kv_lengths)
+    heads = p.B*p.Hkv
+    if heads == 0:
+        return
+    sources = p.L if p.mode == FASTATTN_LINEAR_KEY else p.S
+    p.segments = (sources + FASTATTN_LINEAR_SEGMENT - 1)//FASTATTN_LINEAR_SEGMENT
+    lanes = p.S if p.mode == FASTATTN_LINEAR_KEY else p.L
+    p.row_segments = (lanes + FASTATTN_LINEAR_SEGMENT - 1)//FASTATTN_LINEAR_SEGMENT
+    flops = 4.0*p.F*(p.Dv + 1)*p.B*(p.H*p.L + p.Hkv*p.S)*(1 if p.mode == FASTATTN_LINEAR_OUTPUT else 2)
+    n_threads = threads_for(n_threads, flops)
+    work.kernel = kernel_of(call.bits)
+    work.each = <void (*)(const void*, int64_t, void*) noexcept nogil>work.kernel.linear
+    work.of = &p
+    work.in_turn = False
+    work.size = work.kernel.linear_scratch(&p)
+    # One walk where heads keep all threads busy: the same bits, a product less.
+    if p.causal and (heads % n_threads == 0 or heads >= 4*n_threads):
+        phases = (FASTATTN_LINEAR_WALK,)
+    else:
+        phases = (FASTATTN_LINEAR_SUMS, FASTATTN_LINEAR_PREFIX, FASTATTN_LINEAR_ROWS)
+        shape[0], shape[1], shape[2] = heads*(p.segments + 1), p.F, p.wide
+        sums = empty(3, shape, cnp.NPY_FLOAT64 if call.bits == 64 else cnp.NPY_FLOAT32)
+        p.sums = cnp.PyArray_DATA(sums)
+    for phase in phases:
+        p.phase = phase
+        work.n_tasks = heads
+        if phase == FASTATTN_LINEAR_SUMS:
+            work.n_tasks *= p.segments
+        elif phase == FASTATTN_LINEAR_ROWS:
+            work.n_tasks *= p.row_segments
+        if work.n_tasks > 0:
+            perform(&work, &calls, n_threads, flops)
 
 
 def store(pools, cnp.ndarray slots, cnp.ndarray counts, cnp.ndarray begin, cnp.ndarray key, cnp.ndarray value, rotary):

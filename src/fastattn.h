@@ -196,6 +196,42 @@ typedef struct {
     uint32_t dropout;
 } fastattn_graph;
 
+/* Linear attention (see linear.pxi). A state is (F, wide) real: sum of features x [value, 1], zeros behind. */
+enum {
+    FASTATTN_LINEAR_OUTPUT,         /* out, and the normalizer if it is given */
+    FASTATTN_LINEAR_QUERY,          /* grad_query, from grad_out, out and the normalizer */
+    FASTATTN_LINEAR_KEY,            /* grad_key and grad_value */
+};
+enum {
+    FASTATTN_LINEAR_ELU,            /* elu(x) + 1 */
+    FASTATTN_LINEAR_RELU,           /* max(x, 0) */
+    FASTATTN_LINEAR_RANDOM,         /* 2^(projection . x ...), see random_features */
+};
+enum {
+    FASTATTN_LINEAR_WALK,           /* all of a key head: B * Hkv tasks; or in three phases, with `sums`: */
+    FASTATTN_LINEAR_SUMS,           /* B * Hkv * segments tasks */
+    FASTATTN_LINEAR_PREFIX,         /* B * Hkv tasks */
+    FASTATTN_LINEAR_ROWS,           /* B * Hkv * row_segments tasks */
+};
+
+#define FASTATTN_LINEAR_SEGMENT 2048    /* rows that are summed from zero */
+
+typedef struct {
+    int32_t mode, map, phase, causal, n_lead;
+    int64_t lead[FASTATTN_LEAD];
+    int64_t B, H, Hkv, L, S, D, Dv, F, wide;        /* wide: Dv + 1 up to a multiple of 16 */
+    int64_t segments, row_segments; /* of the rows that join the state, and that read it */
+    fastattn_array query, key, value, out;
+    fastattn_array normalizer;      /* (B, H, L) real; optional for OUTPUT */
+    fastattn_array grad_out, grad_query, grad_key, grad_value;
+    const void *projection, *shift; /* (F, D) and (F,) real, for RANDOM: in powers of two */
+    double half;                    /* half of |key|^2, in powers of two */
+    const int64_t *kv_lengths;      /* (B,); NULL stands for S */
+    const void *begin;              /* (B, Hkv) states that the keys are added to; NULL: zeros */
+    void *end;                      /* (B, Hkv) states behind the last key; optional */
+    void *sums;                     /* (B, Hkv, segments + 1) states */
+} fastattn_linear;
+
 typedef struct {
     int32_t abi, bits;
     int64_t lanes;                                                  /* queries of the widest block */
@@ -207,6 +243,8 @@ typedef struct {
     void (*store)(const fastattn_tokens *, void *memory);           /* memory: 64 + max(D, Dv) reals */
     size_t (*graph_scratch)(const fastattn_graph *);
     void (*graph)(const fastattn_graph *, int64_t task, void *scratch);
+    size_t (*linear_scratch)(const fastattn_linear *);
+    void (*linear)(const fastattn_linear *, int64_t task, void *scratch);
     void (*exp2)(const void *x, void *y, int64_t n);                /* the kernel's own exponential, for its test */
     void (*tanh)(const void *x, void *y, int64_t n);
     double (*peak)(int64_t rounds);                                 /* floating-point operations done, all in registers */

@@ -34,6 +34,17 @@ def test_return_lse_returns_a_pair() -> None:
     assert_type(either, NDArray[Any] | tuple[NDArray[Any], NDArray[Any]])
 
 
+def test_linear_attention_returns_what_is_asked_for() -> None:
+    x: F32 = np.ones((1, 2, 4), np.float32)
+    assert_type(fa.linear_attention(x, x, x, causal=True), NDArray[Any])
+    out, state = fa.linear_attention(x, x, x, return_state=True)
+    assert_type(state, fa.LinearState)
+    assert_type(fa.linear_attention(x, x, x, state=state, return_normalizer=True), tuple[NDArray[Any], NDArray[Any]])
+    assert_type(fa.nystrom_attention(x, x, x, 1), NDArray[Any])
+    with pytest.raises(ValueError):
+        fa.linear_attention(x, x, x, feature_map="exp")  # type: ignore[call-overload]
+
+
 def test_masks() -> None:
     x: F32 = np.ones((1, 4, 4), np.float32)
     mask = fa.masks.causal() & ~fa.masks.window(2, None) | fa.masks.documents([0, 0, 1, 1])

@@ -134,6 +134,29 @@ cdef extern from "fastattn.h" nogil:
         double scale, softcap, slope, keep, offset
         uint64_t seed
         uint32_t dropout
+    enum: FASTATTN_LINEAR_OUTPUT
+    enum: FASTATTN_LINEAR_QUERY
+    enum: FASTATTN_LINEAR_KEY
+    enum: FASTATTN_LINEAR_ELU
+    enum: FASTATTN_LINEAR_RELU
+    enum: FASTATTN_LINEAR_RANDOM
+    enum: FASTATTN_LINEAR_WALK
+    enum: FASTATTN_LINEAR_SUMS
+    enum: FASTATTN_LINEAR_PREFIX
+    enum: FASTATTN_LINEAR_ROWS
+    enum: FASTATTN_LINEAR_SEGMENT
+    ctypedef struct fastattn_linear:
+        int32_t mode, map, phase, causal, n_lead
+        int64_t lead[8]
+        int64_t B, H, Hkv, L, S, D, Dv, F, wide, segments, row_segments
+        fastattn_array query, key, value, out, normalizer, grad_out, grad_query, grad_key, grad_value
+        const void* projection
+        const void* shift
+        double half
+        const int64_t* kv_lengths
+        const void* begin
+        void* end
+        void* sums
     ctypedef struct fastattn_kernel:
         int32_t abi, bits
         int64_t lanes, vector
@@ -144,6 +167,8 @@ cdef extern from "fastattn.h" nogil:
         void (*store)(const fastattn_tokens*, void*) noexcept nogil
         size_t (*graph_scratch)(const fastattn_graph*) noexcept nogil
         void (*graph)(const fastattn_graph*, int64_t, void*) noexcept nogil
+        size_t (*linear_scratch)(const fastattn_linear*) noexcept nogil
+        void (*linear)(const fastattn_linear*, int64_t, void*) noexcept nogil
         void (*exp2)(const void*, void*, int64_t) noexcept nogil
         void (*tanh)(const void*, void*, int64_t) noexcept nogil
         double (*peak)(int64_t) noexcept nogil

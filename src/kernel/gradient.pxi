@@ -314,7 +314,7 @@ cdef void gradient_segment(Task* t, int first, int vectors, const Operands* of, 
             if careful:
                 sum_seen_rows(P, words + begin, lane, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv)
             else:
-                product_rows(P, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv, &t.later)
+                product_rows(P, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv, ldv, &t.later)
             for j in range(m):
                 counted[j] = (seen[begin + j] if seen != NULL else t.lanes) & valid
             additive_gradients(t, first, vectors, of.k + begin*of.k_row, of.k_row, dS, counted, m, back.dQt + lane,
@@ -323,8 +323,8 @@ cdef void gradient_segment(Task* t, int first, int vectors, const Operands* of, 
             sum_seen_rows(P, words + begin, lane, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv)
             sum_seen_rows(dS, words + begin, lane, n_lanes, back.Q + lane*back.ldq, back.ldq, back.dK + at*ldk, m, ldk)
         else:
-            product_rows(P, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv, &t.later)
-            product_rows(dS, n_lanes, back.Q + lane*back.ldq, back.ldq, back.dK + at*ldk, m, ldk, &t.later)
+            product_rows(P, n_lanes, back.G + lane*ldv, ldv, back.dV + at*ldv, m, ldv, ldv, &t.later)
+            product_rows(dS, n_lanes, back.Q + lane*back.ldq, back.ldq, back.dK + at*ldk, m, ldk, ldk, &t.later)
     if p.score == FASTATTN_ADDITIVE:
         return
     if careful:

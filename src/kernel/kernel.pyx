@@ -4,7 +4,8 @@
 Walk: dispatch.pyx calls `run` once a task  →  this file (one task)  →  block.pxi (one block of keys)  →  softmax.pxi and
 products.pxi (the loops)  →  simd.h (vectors). Beside them tasks.pxi (which rows a task has), task.pxi (who sees what),
 logits.pxi and dropout.pxi (options), pack.pxi (moves), few.pxi (the other path: few rows; few_tiles.pxi its loops), weights.pxi
-(the weights themselves), gradient.pxi (the backward pass), store.pxi (new tokens of a cache).
+(the weights themselves), gradient.pxi (the backward pass), store.pxi (new tokens of a cache), graph.pxi (edges), linear.pxi
+(features in the place of the exponential).
 
 One task is (batch, head, block of queries); queries live in vector lanes. Memory of a task, reused for every task of a thread:
 
@@ -64,6 +65,7 @@ include "weights.pxi"
 include "gradient.pxi"
 include "store.pxi"
 include "graph.pxi"
+include "linear.pxi"
 
 
 cdef double finish_row(Task* t, Py_ssize_t i) noexcept nogil:
@@ -321,6 +323,8 @@ kernel.run = run
 kernel.store = store
 kernel.graph_scratch = graph_scratch
 kernel.graph = run_graph
+kernel.linear_scratch = linear_scratch
+kernel.linear = run_linear
 kernel.exp2 = exp2_array
 kernel.tanh = tanh_array
 kernel.peak = peak

@@ -232,9 +232,9 @@ cdef void product_n(int vectors, const real* A, Py_ssize_t lda, const real* B, P
 
 
 cdef void product_rows(const real* A, Py_ssize_t n, const real* B, Py_ssize_t ldb, real* C, Py_ssize_t m, Py_ssize_t ldc,
-                       Ahead* later) noexcept nogil:
-    # C[m, ldc] += A[m, n] · B[n, ldc], where rows of A are LANES apart, and those of C whole vectors
-    cdef Py_ssize_t left = ldc//VL
+                       Py_ssize_t width, Ahead* later) noexcept nogil:
+    # C[m, width] += A[m, n] · B[n, width], where rows of A are LANES apart, and width is whole vectors
+    cdef Py_ssize_t left = width//VL
     while left >= GROUP:
         columns_n(GROUP, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, later)
         B += GROUP*VL
