@@ -220,7 +220,7 @@ def backward(problem, dtype=None):
             scores, visible = logits(problem, batch, head, kv_head, dtype)
             q, k, v = (x.astype(dtype) for x in (problem.query[head], problem.key[kv_head], problem.value[kv_head]))
             g, lse = problem.grad_out[head].astype(dtype), problem.lse[head].astype(dtype)
-            p, slope = slopes(problem, batch, scores, visible, lse)
+            p, slope = slopes(problem.normalizer, problem.shift, keys(problem, batch), scores, visible, lse)
             delta = (g * problem.out[head].astype(dtype)).sum(axis=1)
             if problem.grad_lse is not None:
                 delta -= problem.grad_lse[head]
@@ -410,46 +410,16 @@ def run_graph(call, dtype=None):
 
 
 def _alone(call, s, counts, row, n_rows):
-    """Weights of the scores of edges by a normalizer that is no softmax, their slopes, and tau or 0 of each row."""
-    p, slope, tau = np.zeros_like(s), np.zeros_like(s), np.full(n_rows, -np.inf)
+    """Weights of the scores of edges by a normalizer that is no softmax, their slopes, and `levels` of each row."""
+    p, slope, level = np.zeros_like(s), np.zeros_like(s), np.full(n_rows, -np.inf)
     at = np.flatnonzero(counts)
     ends = np.cumsum(np.bincount(row[at], minlength=n_rows))
     for i, mine in enumerate(np.split(at, ends[:-1])):
         if len(mine):
-            p[mine], slope[mine], tau[i] = weights_and_slopes(call.normalizer, call.offset, s[mine])
-    return p, slope, tau
-
-
-def weights_and_slopes(normalizer, offset, s):
-    """(weights, slopes, tau or 0) of the scores of one row by a normalizer of graph.py that is no softmax.
-
-    A slope is what a weight changes with its score; that tau changes too is left to the sum over the row.
-    """
-    n = len(s)
-    if normalizer == checks.SIGMOID:
-        p = 1 / (1 + np.exp(-(s + (offset if offset == offset else -np.log(n)))))
-        return p, p * (1 - p), 0
-    if normalizer == checks.RELU:
-        return np.maximum(s, 0) / n, np.where(s > 0, 1 / n, np.where(np.isnan(s), s, 0)), 0
-    if np.isnan(s).any() or s.max() == np.inf:
-        return (np.full(n, np.nan),) * 2 + (np.nan,)
-    if s.max() == -np.inf:
-        return np.zeros(n), np.zeros(n), -np.inf
-    # Of the k largest, the tau for which their weights sum to 1; they are the support if even the last has one.
-    squared = normalizer == checks.ENTMAX15
-    top = s.max()
-    z = np.sort((s[s > -np.inf] - top) / (2 if squared else 1))[::-1]
-    k = np.arange(1, len(z) + 1)
-    if squared:
-        mean = z.cumsum() / k
-        spread = (z * z).cumsum() / k - mean * mean     # (z - mean)^2, of the k largest
-        level = mean - np.sqrt(np.maximum(1 / k - spread, 0))
-    else:
-        level = (z.cumsum() - 1) / k
-    level = level[np.flatnonzero(level <= z)[-1]]
-    x = np.maximum((s - top) / (2 if squared else 1) - level, 0)
-    tau = top / (2 if squared else 1) + level
-    return (x * x, x, tau) if squared else (x, np.sign(x), tau)
+            scores, visible = s[None, mine], s[None, mine] != -np.inf
+            level[i] = levels(call.normalizer, scores, visible)[0]
+            (p[mine],), (slope[mine],) = slopes(call.normalizer, call.offset, len(mine), scores, visible, level[i, None])
+    return p, slope, level
 
 
 def run_linear(call, dtype=None):
@@ -597,14 +567,24 @@ def normalise(problem, batch, head, scores, visible):
     if problem.normalizer == checks.SOFTMAX:
         weights, m, total = softmax(scores, visible, sink(problem, head, scores.dtype))
         return weights, m + np.log(total)
-    empty = ~visible.any(axis=1)
-    if problem.normalizer in (checks.SIGMOID, checks.RELU):
-        level = np.zeros(len(scores), scores.dtype)
+    level = levels(problem.normalizer, scores, visible)
+    return slopes(problem.normalizer, problem.shift, keys(problem, batch), scores, visible, level)[0], level
+
+
+def keys(problem, batch):
+    """How many keys the sequence of a batch has."""
+    return problem.S if problem.kv_lengths is None else int(problem.kv_lengths[batch])
+
+
+def levels(normalizer, scores, visible):
+    """[L]: the threshold of sparsemax or entmax15, else 0; -inf for rows that see nothing."""
+    if normalizer == checks.SPARSEMAX:
+        level = sparsemax_level(scores, visible)
+    elif normalizer == checks.ENTMAX15:
+        level = entmax15_level(scores, visible)
     else:
-        level = (sparsemax_level if problem.normalizer == checks.SPARSEMAX else entmax15_level)(scores, visible)
-    level = np.where(empty, -np.inf, level)
-    weights = slopes(problem, batch, scores, visible, np.where(empty, 0, level))[0]
-    return weights, level
+        level = np.zeros(len(scores), scores.dtype)
+    return np.where(visible.any(axis=1), level, -np.inf)
 
 
 def sparsemax_level(scores, visible):
@@ -636,23 +616,23 @@ def _descending(scores, visible):
     return z - top, np.arange(1, z.shape[1] + 1), top[:, 0]
 
 
-def slopes(problem, batch, scores, visible, lse):
-    """Weights and their slopes g, both [L, S] and 0 where not visible, from final scores and the saved lse.
+def slopes(normalizer, shift, n, scores, visible, level):
+    """Weights and their slopes g, both [L, S], 0 where not visible, from final scores of n keys and the saved lse[L].
 
     The gradient of a score is g (dp - delta), where delta is a constant of the row, 0 for sigmoid and relu.
     """
-    n = scores.shape[1] if problem.kv_lengths is None else int(problem.kv_lengths[batch])
-    level = lse[:, None]
-    if problem.normalizer == checks.SOFTMAX:
+    level, n = np.where(level == -np.inf, 0, level)[:, None], max(n, 1)
+    if normalizer == checks.SOFTMAX:
         p = slope = np.exp(scores - level)
-    elif problem.normalizer == checks.SIGMOID:
-        shift = -np.log(max(n, 1)) if np.isnan(problem.shift) else problem.shift
-        p = 1 / (1 + np.exp(-(scores + shift)))
+    elif normalizer == checks.SIGMOID:
+        p = 1 / (1 + np.exp(-(scores + (-np.log(n) if np.isnan(shift) else shift))))
         slope = p * (1 - p)
-    elif problem.normalizer == checks.RELU:
-        p, slope = np.maximum(scores, 0) / max(n, 1), np.where(scores > 0, 1 / max(n, 1), 0)
-    elif problem.normalizer == checks.SPARSEMAX:
-        p, slope = np.maximum(scores - level, 0), np.where(scores > level, 1, 0)
+    elif normalizer == checks.RELU:
+        p = np.maximum(scores, 0) / n
+        slope = np.where(p > 0, 1 / n, p)  # NaN stays
+    elif normalizer == checks.SPARSEMAX:
+        p = np.maximum(scores - level, 0)
+        slope = np.where(p > 0, 1, p)
     else:
         slope = np.maximum(scores / 2 - level, 0)
         p = slope**2
