@@ -513,7 +513,7 @@ def slopes(problem, batch, scores, visible, lse):
 
     The gradient of a score is g (dp - delta), where delta is a constant of the row, 0 for sigmoid and relu.
     """
-    n = len(scores[0]) if problem.kv_lengths is None else int(problem.kv_lengths[batch])
+    n = scores.shape[1] if problem.kv_lengths is None else int(problem.kv_lengths[batch])
     level = lse[:, None]
     if problem.normalizer == checks.SOFTMAX:
         p = slope = np.exp(scores - level)
