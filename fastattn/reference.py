@@ -428,7 +428,7 @@ def raw_scores(problem, head, q, k):
         return q.dtype.type(problem.scale) * (q @ k.T)
     w, b = (None if x is None else x[head[-1]].astype(q.dtype) for x in problem.additive)
     q = q if b is None else q + b
-    return np.stack([np.tanh(row + k) @ w for row in q]).reshape(len(q), len(k))
+    return np.array([np.tanh(row + k) @ w for row in q], q.dtype).reshape(len(q), len(k))
 
 
 def logits(problem, batch, head, kv_head, dtype):

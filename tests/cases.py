@@ -71,12 +71,14 @@ def tanh_errors(problem, head, q, k, u):
 
         |t' - t| <= 2 ulp + |x' - x| slope          x = (q + b) + k,  |x' - x| <= u (|q + b| + |x|)
 
-    The slope 1 - t^2 <= 4 exp(-2 |x|) is taken at the nearest place to 0 that x' may have; no tanh is off by more than 2.
+    The slope 1 - t^2 <= 4 exp(-2 |x|) is taken at the nearest place to 0 that x' may have; no tanh is off by more
+    than 2.
     """
     bias = 0 if problem.additive[1] is None else problem.additive[1][head[-1]].astype(np.float64)
     for row in q:
         x = row + bias + k
         off = u * (abs(x) + (0 if problem.additive[1] is None else abs(row + bias)))
+        off = np.where(np.isinf(x), 0, off)
         steep = np.minimum(1, 4 * np.exp(np.minimum(2 * (off - abs(x)), 0)))
         t = np.tanh(x)
         yield t, 4 * u * abs(t) + np.minimum(2, off * steep), (1 - t) * (1 + t)
@@ -85,8 +87,8 @@ def tanh_errors(problem, head, q, k, u):
 def score_errors(problem, head, kv_head, u):
     """How far raw scores (L, S) of a head may be off, in arithmetic of roundoff u.
 
-    Of products, gamma_{D+2} |scale| sum |q||k|: the sum, the scale and its rounding. Additive ones add the errors of each
-    tanh, times |w|, to the rounding gamma_{D+2} sum |w||t| of their sum, which may lose D denormal numbers.
+    Of products, gamma_{D+2} |scale| sum |q||k|: the sum, the scale and its rounding. Additive ones add the errors of
+    each tanh, times |w|, to the rounding gamma_{D+2} sum |w||t| of their sum, which may lose D denormal numbers.
     """
     q, k = problem.query[head].astype(np.float64), problem.key[kv_head].astype(np.float64)
     D = q.shape[-1]
@@ -104,9 +106,9 @@ def score_errors(problem, head, kv_head, u):
 def threshold_error(above, errors, visible):
     """How far the threshold of sparsemax or entmax may move if scores do, by `errors` (L, S): (L,).
 
-    A threshold rises with every score, and by no more than all of them do together. So it moves by at most E if E is no
-    less than the errors of the keys that may be in the support: those with above > -error - E, above being how far a score
-    is above the exact threshold.
+    A threshold rises with every score, and by no more than all of them do together. So it moves by at most E if E is
+    no less than the errors of the keys that may be in the support: those with above > -error - E, above being how far
+    a score is above the exact threshold.
     """
     most = np.zeros(len(above))
     for _ in range(above.shape[1] + 1):
@@ -131,9 +133,10 @@ def weight_errors(problem, batch, head, scores, visible, delta, u, level=None):
         entmax1.5  x = s / 2 - t likewise, with delta / 2: e_p = 2 x d + d^2 + 2 u (x + d)^2,  e_g = d
 
     r is what is subtracted: the maximum; of a threshold that is given, in gradients, that. T is how far t is off: by
-    `threshold_error`, and by N where Newton's method ended. Its steps are off by the error of the sums, c u of terms of
-    which none is above 1, so relative to their mean, twice for squares; it ends where a step is less than half a spacing,
-    which of squares is a difference of slopes of S (4 c + 16) u at most. c: a block, and three roundings for each.
+    `threshold_error`, and by N where Newton's method ended. A step is off by the error of the sums, c u, times the mean
+    of the terms, none of which is above 1; of squares twice. It ends where a step is less than a spacing; the slope
+    there, the sum of the terms, is at least 1 and that of squares still changes by S (4 c + 16) u at most. So N is
+    (c + 4) u, of squares (2 c + 8) u (1 + S (4 c + 16) u). c: a block, and three roundings for each.
     """
     n = max(scores.shape[1] if problem.kv_lengths is None else int(problem.kv_lengths[batch]), 1)
     S = scores.shape[1]
@@ -171,7 +174,8 @@ def weight_errors(problem, batch, head, scores, visible, delta, u, level=None):
         most = np.maximum(x, 0) + off
         e_p = np.where(near, 2 * np.maximum(x, 0) * off + off**2 + 2 * u * most**2 if squared else off, 0)
         e_g = np.where(near, off, 0) if squared else np.where(abs(x) <= off, 1, 0)
-    return p, g, np.where(visible, e_p, 0), np.where(visible, e_g, 0), lse_error
+    known = visible & ~np.isinf(scores)  # else p is exactly 0 or 1, infinite or NaN
+    return p, g, np.where(known, e_p, 0), np.where(known, e_g, 0), lse_error
 
 
 def exact(query, key, value, **options):
@@ -326,7 +330,8 @@ def gradient_bound(*saved, packed=None, **options):
 
         |dz - exact| <= e_g (|grad_out| |v| + |delta|) + (g + e_g) (e_delta + gamma_{Dv+6} (|grad_out| |v| + |delta|))
 
-    with delta and e_delta of `_mean_errors`; what follows from dz is as above, for additive scores `_add_additive_bounds`.
+    with delta and e_delta of `_mean_errors`; what follows from dz is as above, for additive scores as
+    `_add_additive_bounds` has it.
     """
     u = UNIT_ROUNDOFF[checks.compute_dtype(np.asarray(saved[1]).dtype)] * (2 if saved[1].dtype == np.float64 else 1)
     arrays, options = widened(*saved, **options)
@@ -392,8 +397,8 @@ def _mean_errors(p, slope, error, dp, u):
     """Of a row's delta where weights have a threshold: its size and how far it may be off, (L, 1); else 0 and 0.
 
     With slopes g' for g, delta' - delta = (sum (g' - g) (dp' - delta) + sum g (dp' - dp)) / sum g', because
-    sum g (dp - delta) = 0. It comes of mean values, two sums over the keys, and a product of length Dv. Where the slopes
-    may be anything it is still a mean of dp.
+    sum g (dp - delta) = 0. It comes of mean values, two sums over the keys, and a product of length Dv. Where the
+    slopes may be anything it is still a mean of dp.
     """
     if p.normalizer not in (checks.SPARSEMAX, checks.ENTMAX15):
         return np.zeros((len(slope), 1)), np.zeros((len(slope), 1))
@@ -409,8 +414,8 @@ def _mean_errors(p, slope, error, dp, u):
 def _add_additive_bounds(p, head, kv_head, visible, dz, error, along, across, u):
     """Of the gradients of additive scores. 1 - t^2 is off by e (2 + e) + 5 u (1 - t^2) where t is by e.
 
-    The sum of the gradient of w runs over the keys of a block and vectors of rows, of two lanes at least; a block may be
-    cut into 13 parts, which are 2 keys and the 6 behind them that are worth skipping.
+    The sum of the gradient of w runs over the keys of a block and vectors of rows, of two lanes at least; a block may
+    be cut into 13 parts, which are 2 keys and the 6 behind them that are worth skipping.
     """
     q, k, w = p.query[head], p.key[kv_head], abs(p.additive[0][head[-1]])
     blocks = -(-p.S // KEY_BLOCK)
