@@ -238,18 +238,24 @@ def test_gradients_against_differences(normalizer, seed):
         tried += 1
         options["normalizer"] = normalizer
         grad_out = rng.standard_normal((1, 1, L, Dv))
-        names = ["bias"] if "bias" in options else []
-        at = [*arrays, *(options[name] for name in names)]
-        step = [rng.standard_normal(x.shape) for x in at]
         for module in fa, reference:
-            def value(t):
-                moved = [x + t * d for x, d in zip(at, step)]
-                return (module.attention(*moved[:3], **options | dict(zip(names, moved[3:]))) * grad_out).sum()
-            out, lse = module.attention(*arrays, return_lse=True, **options)
-            got = module.attention_backward(grad_out, *arrays, out, lse, **options)
-            parts = [(g * d).sum() for g, d in zip([got.query, got.key, got.value, got.bias], step)]
-            numeric = test_backward.differences(value)
-            assert abs(numeric - sum(parts)) <= 1e-7 * (1 + np.abs(parts).sum()), (number, module.__name__, options)
+            check_differences(rng, module, arrays, grad_out, options, number)
+
+
+def check_differences(rng, module, arrays, grad_out, options, number):
+    names = ["bias"] if "bias" in options else []
+    at = [*arrays, *(options[name] for name in names)]
+    step = [rng.standard_normal(x.shape) for x in at]
+
+    def value(t):
+        moved = [x + t * d for x, d in zip(at, step)]
+        return (module.attention(*moved[:3], **options | dict(zip(names, moved[3:]))) * grad_out).sum()
+
+    out, lse = module.attention(*arrays, return_lse=True, **options)
+    got = module.attention_backward(grad_out, *arrays, out, lse, **options)
+    parts = [(g * d).sum() for g, d in zip([got.query, got.key, got.value, got.bias], step)]
+    numeric = test_backward.differences(value)
+    assert abs(numeric - sum(parts)) <= 1e-7 * (1 + np.abs(parts).sum()), (number, module.__name__, options)
 
 
 # --- the other ways in ---

@@ -187,15 +187,22 @@ def test_gradients_against_differences(normalizer, seed, library):
         options = {"softcap": 1.5, "causal": True, "bias": rng.standard_normal((L, S)), "dropout_p": 0.4}
         options = {name: option for name, option in options.items() if rng.random() < 0.4}
         options |= {"seed": 7, "normalizer": normalizer, "score_mod": mod(library, "wave", F64)}
-        grad_out, step = rng.standard_normal((2, 2, L, 3)), [rng.standard_normal(x.shape) for x in arrays]
         for module in fa, reference:
-            def value(t):
-                return (module.attention(*(x + t * d for x, d in zip(arrays, step)), **options) * grad_out).sum()
-            out, lse = module.attention(*arrays, return_lse=True, **options)
-            got = module.attention_backward(grad_out, *arrays, out, lse, **options)
-            parts = [(g * d).sum() for g, d in zip(got[:3], step)]
-            numeric = test_backward.differences(value)
-            assert abs(numeric - sum(parts)) <= 1e-7 * (1 + np.abs(parts).sum()), (number, module.__name__, options)
+            check_differences(rng, module, arrays, options, number)
+
+
+def check_differences(rng, module, arrays, options, number):
+    step = [rng.standard_normal(x.shape) for x in arrays]
+    out, lse = module.attention(*arrays, return_lse=True, **options)
+    grad_out = rng.standard_normal(out.shape)
+
+    def value(t):
+        return (module.attention(*(x + t * d for x, d in zip(arrays, step)), **options) * grad_out).sum()
+
+    got = module.attention_backward(grad_out, *arrays, out, lse, **options)
+    parts = [(g * d).sum() for g, d in zip(got[:3], step)]
+    numeric = test_backward.differences(value)
+    assert abs(numeric - sum(parts)) <= 1e-7 * (1 + np.abs(parts).sum()), (number, module.__name__, options)
 
 
 def test_missing_gradient(library):
@@ -326,7 +333,7 @@ def test_python_callback(seed):
     assert_close(out, exact(*arrays, bias=bias)[0], bound(*arrays, bias=bias).out, {"seed": seed})
     count = np.zeros((2, 2, 70, 130), int)
     for batch, head, query, key, n_queries, n_keys, stride in calls:
-        assert 0 < n_queries <= stride and query + n_queries <= 70 and 0 < n_keys and key + n_keys <= 130
+        assert 0 < n_queries <= stride and query + n_queries <= 70 and n_keys > 0 and key + n_keys <= 130
         count[batch, head, query : query + n_queries, key : key + n_keys] += 1
     # a softmax may weigh a block again whose scores outgrew the reference
     assert (count >= 1).all()
@@ -358,10 +365,9 @@ def test_bad_signatures(library):
     ]
     for number, (q, given, message) in enumerate(cases):
         for module in fa, reference:
-            for call in [lambda: module.attention(q, q, q, score_mod=given),
-                         lambda: module.attention_weights(q, q, score_mod=given)]:
+            for call, arrays in (module.attention, (q, q, q)), (module.attention_weights, (q, q)):
                 with pytest.raises(TypeError) as caught:
-                    call()
+                    call(*arrays, score_mod=given)
                 assert re.fullmatch(message, str(caught.value)), (number, str(caught.value))
 
 
