@@ -1,5 +1,6 @@
 # Additive scores (Bahdanau, Cho and Bengio 2015), and what they take the place of the products with in the gradients. Lanes are
-# queries as everywhere; Qt has the bias b in it; nothing of queries x keys x D is stored, so each tanh is computed where it is used.
+# queries as everywhere; Qt has the bias b in it; nothing of queries x keys x D is stored, so each tanh is computed where it is
+# used.
 #
 #     S[j]   = sum_d w_d tanh(Qt[d] + K[j, d])
 #

@@ -67,8 +67,8 @@ cdef void set_references(Task* t, double unit, int64_t n_keys) noexcept nogil:
             t.level[i] = <real>(x - t.base[i]*t.exact_kappa)
 
 
-cdef inline void activate_tile(const bint logistic, const bint squared, const bint masked, const Task* t, real* S, Py_ssize_t lane,
-                               int vectors, Py_ssize_t n, const uint64_t* seen) noexcept nogil:
+cdef inline void activate_tile(const bint logistic, const bint squared, const bint masked, const Task* t, real* S,
+                               Py_ssize_t lane, int vectors, Py_ssize_t n, const uint64_t* seen) noexcept nogil:
     cdef vf k = v_set1(t.kappa)
     cdef vf one = v_set1(1)
     cdef vf most = v_set1(<real>1.8e19)     # e may be infinite
