@@ -4,8 +4,8 @@
 #     t in [-1, 0):  sum_j max(y_j - t, 0) = 1, or of the squares; those terms are the weights
 #
 # The sum, or where squared its root, which is the norm of the terms, falls with t and is convex. So Newton's steps from -1,
-# where it is at least 1, only ever rise to the solution; one step would do if all scores were equal (of the sum of squares many:
-# each halves the distance). Relative to the maximum, because m + t would lose t where scores are large.
+# where it is at least 1, only ever rise to the solution; one step would do if all scores were equal (of the sum of squares
+# many: each halves the distance). Relative to the maximum, because m + t would lose t where scores are large.
 
 cdef inline real sum_lanes(vf x) noexcept nogil:
     cdef real lanes[VL]
