@@ -1,5 +1,6 @@
 """Attention with additive scores, w . tanh(query + key)."""
 
+import math
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -125,11 +126,12 @@ def additive_attention_backward(grad_out, query, key, value, weight, out, lse, *
 def _gradients(problem, query, key, value, weight, bias, sinks):
     of = gradient.gradients(problem, query, key, value, None, sinks)
     *lead, H, parts, D = problem.grad_w.shape
-    of_weight = problem.grad_w.reshape(-1, H, parts, D).sum(axis=(0, 2), dtype=np.float64)
+    batches = math.prod(lead)
+    of_weight = problem.grad_w.reshape(batches, H, parts, D).sum(axis=(0, 2), dtype=np.float64)
     of_bias = None
     if bias is not None:  # what the queries get, summed over batches and rows
-        of_bias = problem.returned["query"].reshape(-1, *problem.query.shape[-3:]).sum(axis=(0, 2), dtype=np.float64)
-        of_bias = _of_heads(of_bias, bias)
+        of_bias = problem.returned["query"].reshape(batches, *problem.query.shape[-3:])
+        of_bias = _of_heads(of_bias.sum(axis=(0, 2), dtype=np.float64), bias)
     return AdditiveGradients(of.query, of.key, of.value, _of_heads(of_weight, weight), of_bias, of.sinks)
 
 

@@ -418,7 +418,8 @@ def _alone(call, s, counts, row, n_rows):
         if len(mine):
             scores, visible = s[None, mine], s[None, mine] != -np.inf
             level[i] = levels(call.normalizer, scores, visible)[0]
-            (p[mine],), (slope[mine],) = slopes(call.normalizer, call.offset, len(mine), scores, visible, level[i, None])
+            (p[mine],), (slope[mine],) = slopes(call.normalizer, call.offset, len(mine), scores, visible,
+                                                level[i, None])
     return p, slope, level
 
 
@@ -526,7 +527,7 @@ def raw_scores(problem, head, q, k):
         return q.dtype.type(problem.scale) * (q @ k.T)
     w, b = (None if x is None else x[head[-1]].astype(q.dtype) for x in problem.additive)
     q = q if b is None else q + b
-    return np.stack([np.tanh(row + k) @ w for row in q]).reshape(len(q), len(k))
+    return np.array([np.tanh(row + k) @ w for row in q], q.dtype).reshape(len(q), len(k))
 
 
 def logits(problem, batch, head, kv_head, dtype):

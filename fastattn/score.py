@@ -151,8 +151,8 @@ def _of_capsule(capsule):
 def apply(prepared, scores, batch, head, rows, gradient=None):
     """The reference's use of it: scores (L, S), of the rows given, changed; or the gradients, which it multiplies."""
     dtype = np.float64 if prepared.kept._functions[0].signature.startswith("void (double") else np.float32
-    tile = np.ascontiguousarray(scores.T, dtype)
-    result = tile if gradient is None else np.ascontiguousarray(gradient.T, dtype)
+    tile = np.array(scores.T, dtype, order="C")  # a copy: the caller's are left alone
+    result = tile if gradient is None else np.array(gradient.T, dtype, order="C")
     n_keys, stride = tile.shape
     real, kinds = ctypes.c_void_p, [ctypes.c_int64] * 7 + [ctypes.c_void_p]
     function = ctypes.CFUNCTYPE(None, *[real] * (1 if gradient is None else 2), *kinds)(

@@ -247,6 +247,35 @@ for T, N, D, E in itertools.product([1, 3, 9], [1, 5, 70], [1, 3, 8, 16, 17, 33,
                 k, q, weight, edges, value=v, normalizer=normalizer, return_lse=True))
             out, lse = flush("saved", out, order), flush("lse", lse)
             fa.gatv2_attention_backward(g, k, q, weight, out, lse, edges, value=v, normalizer=normalizer)
+
+
+# Weights that are no softmax, and additive scores: forward, backward, and the weights themselves.
+NORMALIZERS = """
+for L, S, D in itertools.product([1, 17, 66, 130], [1, 5, 97, 200], [1, 8, 17]):
+    Dv = D + S % 3
+    for number, order in enumerate("CF"):
+        q = flush("query", some(2, 2, L, D), order)
+        k = flush("key", some(2, 1, S, D), order)
+        v = flush("value", some(2, 1, S, Dv), order)
+        g = flush("grad_out", some(2, 2, L, Dv), order)
+        w, b = flush("w", some(D)), flush("b", some(2, D))
+        options = [{}, {"causal": True, "softcap": 3.0}, {"dropout_p": 0.3, "seed": 1, "scale": 0.01},
+                   {"mask": flush("mask", some(L, S, pool=BOOLS), order), "kv_lengths": [S // 2, S]},
+                   {"bias": flush("bias", some(L, S), order), "query_lengths": [L, L // 2]}]
+        for name, more in itertools.product(["sigmoid", "sparsemax", "entmax15"], options):
+            case(L=L, S=S, D=D, Dv=Dv, order=order, normalizer=name, options=list(more))
+            out, lse = (x.copy() for x in fa.attention(q, k, v, normalizer=name, return_lse=True, **more))
+            out, lse = flush("saved", out, order), flush("lse", lse)
+            fa.attention_backward(g, q, k, v, out, lse, normalizer=name, **more)
+            if "dropout_p" not in more:
+                fa.attention_weights(q, k, normalizer=name, **more)
+                fa.attention_weights(q, k, normalizer=name, reduce=["sum", "entropy", ("top_k", 1)][L % 3], **more)
+        for more in options:
+            more = {name: option for name, option in more.items() if name not in ("scale", "bias")}
+            case(L=L, S=S, D=D, Dv=Dv, order=order, additive=True, options=list(more))
+            out, lse = (x.copy() for x in fa.additive_attention(q, k, v, w, bias=b, return_lse=True, **more))
+            out, lse = flush("saved", out, order), flush("lse", lse)
+            fa.additive_attention_backward(g, q, k, v, w, out, lse, bias=b, **more)
 """
 
 
@@ -282,6 +311,8 @@ def test_graphs_touch_nothing_outside_the_arrays(side, dtype, tmp_path, seed):
 @pytest.mark.parametrize("side", ["begin", "end"])
 @pytest.mark.parametrize("body", [EVERY_S_AND_D, EVERY_L, STEPS, RARE_PATHS, BACKWARD],
                          ids=["every S and D", "every L", "steps", "rare paths", "backward"])
+@pytest.mark.parametrize("body", [EVERY_S_AND_D, EVERY_L, STEPS, RARE_PATHS, BACKWARD, NORMALIZERS],
+                         ids=["every S and D", "every L", "steps", "rare paths", "backward", "normalizers"])
 def test_nothing_outside_the_arrays_is_touched(body, side, dtype, tmp_path, seed):
     assert_survives(tmp_path, body, seed, side, dtype)
 

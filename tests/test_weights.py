@@ -919,7 +919,8 @@ BAD = [
      "mask must be a plan for L = 5 and S = 7, got one for L = 2 and S = 7"),
     ("lengths", {"kv_lengths": 8}, V, r"kv_lengths must lie in \[0, 7\], got 8"),
     ("float16", {"query": np.zeros((2, 4, 5, 8), np.float16)}, T, "key must have query's dtype float16, got float32"),
-    ("normalizer", {"normalizer": "relu"}, N, "normalizer='relu' is not implemented yet"),
+    ("sinks of relu", {"normalizer": "relu", "sinks": np.ones(4, F32)}, V,
+     "sinks must be None with normalizer='relu', got an array"),
     ("threads", {"num_threads": 0}, V, "num_threads must be at least 1, got 0"),
 ]
 

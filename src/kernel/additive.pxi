@@ -63,7 +63,7 @@ cdef void additive_gradients(Task* t, int first, int vectors, const real* k, Py_
     cdef vf across[VL]          # of successive keys: their sums over lanes come together
     cdef real lanes[VL]
     cdef vf acc[BLOCK_VECTORS]
-    cdef vf of_w, x, y, u, s
+    cdef vf of_w, dw, x, y, u, s
     cdef Py_ssize_t j, d, i
     cdef int g
     for d in range(t.p.D):
@@ -71,15 +71,16 @@ cdef void additive_gradients(Task* t, int first, int vectors, const real* k, Py_
         for g in range(vectors):
             acc[g] = v_zero()
         for j in range(n):
-            u = v_zero()
+            u = dw = v_zero()
             x = v_set1(k[j*k_row + d])
             for g in range(vectors):
                 y = v_tanh(v_add(v_load(Qt + d*LANES + g*VL), x))
                 s = v_load(dS + j*LANES + g*VL)
-                of_w = v_add(of_w, v_keep(v_mul(s, y), words[j] >> (first + g)*VL))
+                dw = v_add(dw, v_keep(v_mul(s, y), words[j] >> (first + g)*VL))
                 y = v_keep(v_mul(s, v_mul(v_sub(one, y), v_add(one, y))), words[j] >> (first + g)*VL)
                 acc[g] = v_add(acc[g], y)
                 u = v_add(u, y)
+            of_w = v_add(of_w, dw)
             across[j % VL] = u
             if j % VL == VL - 1 or j == n - 1:
                 for i in range(j % VL + 1, VL):

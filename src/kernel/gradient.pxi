@@ -601,6 +601,10 @@ cdef void run_gradient(const fastattn_problem* p, int64_t task, bint caller, voi
             clear_bias(p, place.b, h_kv*group, group, back.first, min(back.end, p.S))
         n = min(back.end, rows_of_batch(p.cu_k, place.b, p.S)) - back.first
         if n <= 0:
+            if back.chunk == 0:         # a packed sequence without keys
+                place.q_end = rows_of_batch(p.cu_q, place.b, p.L)
+                for place.h in range(h_kv*group, (h_kv + 1)*group):
+                    clear_rows(p, &place, 0)
             continue
         memset(back.dK, 0, n*whole(p.D)*sizeof(real))
         memset(back.dV, 0, n*whole(p.Dv)*sizeof(real))

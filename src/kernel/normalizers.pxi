@@ -448,7 +448,7 @@ cdef double weight_of(const Task* t, Py_ssize_t i, double s) noexcept nogil:
 
 
 cdef void add_plain_entropy(Task* t, int first, int vectors, const Parts* parts) noexcept nogil:
-    # total[0] -= sum_j p ln p of weights that are no exponentials
+    # l -= sum_j p ln p of weights that are no softmax. Of a sigmoid's, `total` has the sums of what they are made of.
     cdef Py_ssize_t i, j
     cdef int part
     cdef double total, p
@@ -458,4 +458,4 @@ cdef void add_plain_entropy(Task* t, int first, int vectors, const Parts* parts)
             for j in range(parts.begin[part], parts.end[part]):
                 p = t.S[j*LANES + i]
                 total += p*log(p) if p != 0 else 0
-        t.total[i] = <real>(t.total[i] - total)
+        t.l[i] = <real>(t.l[i] - total)

@@ -154,7 +154,7 @@ cdef void finish_weights(Task* t) noexcept nogil:
     for i in range(t.n_queries):
         c = NAN if t.nan_rows >> i & 1 else t.c[i]
         if p.reduce == FASTATTN_ENTROPY and p.normalizer != FASTATTN_SOFTMAX:
-            out[i*p.result.row] = t.total[i] if c == c else NAN
+            out[i*p.result.row] = t.l[i] if c == c else NAN
         elif p.reduce == FASTATTN_ENTROPY:
             out[i*p.result.row] = <real>(0 - c*(ln2*t.total[i] + t.l[i]*log(c))) if c != 0 else 0
         elif p.reduce == FASTATTN_TOP_K:
@@ -198,6 +198,8 @@ cdef void run_weights(const fastattn_problem* p, int64_t task, bint caller, void
                 t.nan_rows |= <uint64_t>1 << i
                 t.c[i] = 1
             t.total[i] = -INFINITY if p.reduce == FASTATTN_TOP_K else 0
+            if p.normalizer != FASTATTN_SOFTMAX:
+                t.l[i] = 0
         for i in range(LANES*p.k):
             t.top[i] = -INFINITY
             t.top_at[i] = -1
