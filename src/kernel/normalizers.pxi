@@ -252,8 +252,8 @@ cdef void sum_above(const Task* t, int g, const Parts* parts, real* sums) noexce
 
 
 cdef void first_levels(Task* t, int g, const Parts* parts) noexcept nogil:
-    # Lanes whose first block this is: a level not far below the threshold of the block alone keeps their lists short. FIRST_STEPS
-    # of Newton's method, and a margin for their rounding.
+    # Lanes whose first block this is: a level not far below the threshold of the block alone keeps their lists short. A few
+    # steps of Newton's method, and a margin for their rounding.
     cdef real* sums = t.total + g*VL
     cdef vf old = v_load(t.level + g*VL)
     cdef vf factor = v_set1(<real>0.5 if t.p.normalizer == FASTATTN_ENTMAX15 else 1)
