@@ -145,7 +145,7 @@ def weight_errors(problem, batch, head, scores, visible, delta, u, level=None):
         level = reference.normalise(problem, batch, head, scores, visible)[1]
     lse_error = np.zeros(len(scores))
     shown = np.where(level == -np.inf, 0, level)
-    p, g = reference.slopes(problem, batch, scores, visible, shown)
+    p, g = reference.slopes(problem.normalizer, problem.shift, reference.keys(problem, batch), scores, visible, shown)
     if problem.normalizer == checks.SIGMOID:
         shift = -np.log(n) if np.isnan(problem.shift) else problem.shift
         off = delta + 3 * u * (abs(scores + shift) + abs(shift))
