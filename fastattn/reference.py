@@ -614,7 +614,8 @@ def _descending(scores, visible):
     z = -z if z.shape[1] else np.full((len(z), 1), -np.inf, z.dtype)
     top = z[:, :1]
     top = np.where(np.isnan(z).any(axis=1, keepdims=True), np.nan, top)
-    return z - top, np.arange(1, z.shape[1] + 1), top[:, 0]
+    with np.errstate(invalid="ignore"):  # of rows that see nothing
+        return z - top, np.arange(1, z.shape[1] + 1), top[:, 0]
 
 
 def slopes(normalizer, shift, n, scores, visible, level):

@@ -75,7 +75,7 @@ def test_scores_of_any_size(S, normalizer, dtype, seed):
 
 @both_dtypes
 @each_normalizer
-@pytest.mark.parametrize("L, S", [(1, 100), (19, 7), (37, 130), (100, 200)])
+@pytest.mark.parametrize("L, S", [(1, 100), (19, 7), (37, 130), (66, 130)])
 def test_each_option_alone(L, S, normalizer, dtype, seed):
     rng = generator(seed, L, S)
     arrays = inputs(rng, (2,), 2, 1, L, S, 8, 9, dtype)
@@ -121,7 +121,7 @@ def test_gradients_of_any_size(sizes, normalizer, dtype, seed):
 
 @both_dtypes
 @each_normalizer
-@pytest.mark.parametrize("rows, keys", [(19, 130), (100, 200)])
+@pytest.mark.parametrize("rows, keys", [(19, 130), (66, 130)])
 def test_gradients_with_each_option_alone(rows, keys, normalizer, dtype, seed):
     rng = generator(seed, rows, keys)
     arrays = inputs(rng, (2,), 2, 1, rows, keys, 8, 9, dtype)
@@ -392,7 +392,7 @@ def check_weights(query, key, options, seed):
 
 @both_dtypes
 @each_normalizer
-@pytest.mark.parametrize("L, S", [(5, 7), (70, 140), (64, 96), (130, 1000)])
+@pytest.mark.parametrize("L, S", [(5, 7), (70, 140), (64, 96), (66, 200)])
 def test_weights(L, S, normalizer, dtype, seed):
     rng = generator(seed, L, S)
     query, key, _ = inputs(rng, (), 2, 1, L, S, 8, 1, dtype)

@@ -3,9 +3,10 @@
 
 Walk: dispatch.pyx calls `run` once a task  →  this file (one task)  →  block.pxi (one block of keys)  →  softmax.pxi and
 products.pxi (the loops)  →  simd.h (vectors). Beside them tasks.pxi (which rows a task has), task.pxi (who sees what),
-logits.pxi and dropout.pxi (options), pack.pxi (moves), few.pxi (the other path: few rows; few_tiles.pxi its loops), weights.pxi
-(the weights themselves), gradient.pxi (the backward pass), store.pxi (new tokens of a cache), graph.pxi (edges), linear.pxi
-(features in the place of the exponential).
+logits.pxi and dropout.pxi (options), additive.pxi (scores that are no products), normalizers.pxi and thresholds.pxi (weights
+that are no softmax), pack.pxi (moves), few.pxi (the other path: few rows; few_tiles.pxi its loops), weights.pxi (the weights
+themselves), gradient.pxi (the backward pass), store.pxi (new tokens of a cache). Kinds of their own: graph.pxi (along edges;
+edges.pxi its loops, graph_gradient.pxi) and linear.pxi (features in the place of the exponential).
 
 One task is (batch, head, block of queries); queries live in vector lanes. Memory of a task, reused for every task of a thread:
 
@@ -64,6 +65,8 @@ include "tasks.pxi"
 include "weights.pxi"
 include "gradient.pxi"
 include "store.pxi"
+include "edges.pxi"
+include "graph_gradient.pxi"
 include "graph.pxi"
 include "linear.pxi"
 
