@@ -410,17 +410,16 @@ def run_graph(call, dtype=None):
 
 
 def _alone(call, s, counts, row, n_rows):
-    """Weights of the scores of edges by a normalizer that is no softmax, their slopes, and `levels` of each row."""
-    p, slope, level = np.zeros_like(s), np.zeros_like(s), np.full(n_rows, -np.inf)
+    """Weights of the scores of edges by a normalizer that is no softmax, their slopes, and what is lse of each row."""
+    p, slope, lse = np.zeros_like(s), np.zeros_like(s), np.full(n_rows, -np.inf)
     at = np.flatnonzero(counts)
     ends = np.cumsum(np.bincount(row[at], minlength=n_rows))
     for i, mine in enumerate(np.split(at, ends[:-1])):
         if len(mine):
             scores, visible = s[None, mine], s[None, mine] != -np.inf
-            level[i] = levels(call.normalizer, scores, visible)[0]
-            (p[mine],), (slope[mine],) = slopes(call.normalizer, call.offset, len(mine), scores, visible,
-                                                level[i, None])
-    return p, slope, level
+            top, level, lse[i, None] = levels(call.normalizer, scores, visible)
+            (p[mine],), (slope[mine],) = slopes(call.normalizer, call.offset, len(mine), scores, visible, level, top)
+    return p, slope, lse
 
 
 def run_linear(call, dtype=None):
@@ -568,8 +567,8 @@ def normalise(problem, batch, head, scores, visible):
     if problem.normalizer == checks.SOFTMAX:
         weights, m, total = softmax(scores, visible, sink(problem, head, scores.dtype))
         return weights, m + np.log(total)
-    level = levels(problem.normalizer, scores, visible)
-    return slopes(problem.normalizer, problem.shift, keys(problem, batch), scores, visible, level)[0], level
+    top, level, lse = levels(problem.normalizer, scores, visible)
+    return slopes(problem.normalizer, problem.shift, keys(problem, batch), scores, visible, level, top)[0], lse
 
 
 def keys(problem, batch):
@@ -578,34 +577,42 @@ def keys(problem, batch):
 
 
 def levels(normalizer, scores, visible):
-    """[L]: the threshold of sparsemax or entmax15, else 0; -inf for rows that see nothing."""
+    """(top, level, lse), each [L], by a normalizer that is no softmax.
+
+    The threshold of sparsemax is top + level, that of entmax15 top / 2 + level: with the row's maximum, level is not
+    lost where scores are large. lse is their sum, 0 for sigmoid and relu, -inf for rows that see nothing.
+    """
+    top = level = lse = np.zeros(len(scores), scores.dtype)
     if normalizer == checks.SPARSEMAX:
-        level = sparsemax_level(scores, visible)
+        top, level = sparsemax_level(scores, visible)
+        lse = top + level
     elif normalizer == checks.ENTMAX15:
-        level = entmax15_level(scores, visible)
-    else:
-        level = np.zeros(len(scores), scores.dtype)
-    return np.where(visible.any(axis=1), level, -np.inf)
+        top, level = entmax15_level(scores, visible)
+        lse = top / 2 + level
+    return top, level, np.where(visible.any(axis=1), lse, -np.inf)
 
 
 def sparsemax_level(scores, visible):
-    """t[L] with sum max(s - t, 0) = 1: with the k largest scores above t, t = (their sum - 1) / k."""
+    """(m[L], t[L]) with sum max(s - m - t, 0) = 1, m the maximum: if k terms count, t = (their sum - 1) / k."""
     z, k, top = _descending(scores, visible)
     sums = np.cumsum(z, axis=1)
     n = np.count_nonzero(1 + k * z > sums, axis=1)[:, None]
-    level = (np.take_along_axis(sums, np.maximum(n - 1, 0), 1) - 1)[:, 0] / np.maximum(n[:, 0], 1)
-    return level + top
+    return top, (np.take_along_axis(sums, np.maximum(n - 1, 0), 1) - 1)[:, 0] / np.maximum(n[:, 0], 1)
 
 
 def entmax15_level(scores, visible):
-    """t[L] with sum max(s / 2 - t, 0)^2 = 1 (Peters, Niculae and Martins 2019, algorithm 2): of the k largest z = s/2,
-    t = mean - sqrt((1 - sum of the squared distances from it) / k), for the largest k whose t is at most the k-th z."""
-    z, k, top = _descending(scores / 2, visible)
+    """(m[L], t[L]) with sum max((s - m) / 2 - t, 0)^2 = 1, m the maximum (Peters, Niculae, Martins 2019, algorithm 2).
+
+    Of the k largest z = (s - m) / 2, t = mean - sqrt((1 - sum of the squared distances from it) / k), for the largest k
+    whose t is at most the k-th z.
+    """
+    z, k, top = _descending(scores, visible)
+    z = z / 2
     seen = np.where(z == -np.inf, 0, z)  # they are last
     mean, squares = np.cumsum(seen, axis=1) / k, np.cumsum(seen**2, axis=1)
-    levels = mean - np.sqrt(np.maximum(1 - (squares - k * mean**2), 0) / k)
-    n = np.count_nonzero(levels <= z, axis=1)[:, None]
-    return np.take_along_axis(levels, np.maximum(n - 1, 0), 1)[:, 0] + top
+    of_k = mean - np.sqrt(np.maximum(1 - (squares - k * mean**2), 0) / k)
+    n = np.count_nonzero(of_k <= z, axis=1)[:, None]
+    return top, np.take_along_axis(of_k, np.maximum(n - 1, 0), 1)[:, 0]
 
 
 def _descending(scores, visible):
@@ -618,12 +625,15 @@ def _descending(scores, visible):
         return z - top, np.arange(1, z.shape[1] + 1), top[:, 0]
 
 
-def slopes(normalizer, shift, n, scores, visible, level):
+def slopes(normalizer, shift, n, scores, visible, level, top=0.0):
     """Weights and their slopes g, both [L, S], 0 where not visible, from final scores of n keys and the saved lse[L].
 
+    Without a saved one, top and level are those of `levels`.
     The gradient of a score is g (dp - delta), where delta is a constant of the row, 0 for sigmoid and relu.
     """
     level, n = np.where(level == -np.inf, 0, level)[:, None], max(n, 1)
+    if normalizer in (checks.SPARSEMAX, checks.ENTMAX15):
+        scores = scores - np.broadcast_to(top, len(scores))[:, None]
     if normalizer == checks.SOFTMAX:
         p = slope = np.exp(scores - level)
     elif normalizer == checks.SIGMOID:
