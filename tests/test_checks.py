@@ -109,7 +109,7 @@ def shared_with(name):
     return spoil
 
 
-T, V, N = TypeError, ValueError, NotImplementedError
+T, V = TypeError, ValueError
 
 # name of the case, what is wrong (options, or a function that spoils them), error, its whole message
 BAD = [

@@ -455,7 +455,7 @@ def share_memory(a):
     a["out"] = memory[-a["out"].size :].reshape(a["out"].shape)
 
 
-T, V, N = TypeError, ValueError, NotImplementedError
+T, V = TypeError, ValueError
 
 # name of the case, what is wrong (options, or a function that spoils them), error, its whole message
 BAD = [

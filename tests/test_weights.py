@@ -863,7 +863,7 @@ def good():
     return {"query": query, "key": key}
 
 
-T, V, N = TypeError, ValueError, NotImplementedError
+T, V = TypeError, ValueError
 REDUCE = r"reduce must be None, 'sum', 'max', 'entropy' or \('top_k', k\), got "
 
 BAD = [
