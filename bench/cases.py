@@ -237,6 +237,10 @@ GRADIENT_MEMORY = Row(1, 8, 8192, 64)
 GRADIENT_BYTES = 16 << 20
 LOSS_TOLERANCE = 1e-4  # relative, of each of the steps
 TRAINING_OVER_TORCH = 2.0  # attention's part of training
+
+SENTENCES = 256
+SENTENCES_OVER_PEER = {"torch": 2.0, "onnxruntime": 1.3}
+COSINE_TOLERANCE = 1e-6  # of embeddings by two programs
 MODEL_LENGTHS = (512, 1024)
 MODEL_TOLERANCE = 5e-6  # of the largest value of the output
 
@@ -269,6 +273,20 @@ LINEAR_OVER_TORCH = 4.0
 LINEAR_CHUNKS = (64, 128, 256)  # of torch's
 LINEAR_OUTER = 16384  # rows whose outer products torch keeps all at once, 256 MiB
 LINEAR_BACKWARD = 3.0  # times the forward pass
+
+# Layers. Rows of one are a token that is decoded.
+LINEAR_LAYERS = (  # (M, K, N): rows, inputs, outputs
+    (1920, 512, 512), (1920, 384, 1536), (1920, 1536, 384), (192, 384, 384), (32, 768, 3072), (1, 512, 512),
+    (1, 768, 3072),
+)
+SHORT_LINEAR_LAYERS = (1, 1, 1), (1, 37, 64), (7, 64, 65), (97, 513, 130), (192, 128, 100)
+LINEAR_LAYER_SHARE, LINEAR_LAYER_ROWS = 0.92, 192  # of the FMA peak, from so many rows up
+LINEAR_LAYER_OVER_PEER = 1.7  # from two rows up
+LAYER_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # of the largest value; two operands are rounded by 2^-8 at most
+NORM, SHORT_NORM = (4096, 512), (33, 77)  # rows, their length
+ENCODER, SHORT_ENCODER = (8, 512, 512, 8, 2048, 6), (2, 37, 64, 4, 100, 2)  # batch, S, width, heads, ffn, layers
+ENCODER_OVER_TORCH = {"float32": 1.8, "bfloat16": 3.0}  # by how weights are kept; torch's are float32
+ENCODER_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest value, behind every layer's products
 
 # The short run: the same code on small problems, for CI. 1, primes, a tile and one more, odd head sizes.
 SHORT_SHAPES = (

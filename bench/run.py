@@ -17,12 +17,15 @@ from functools import partial
 from pathlib import Path
 
 import cases
+import encode
 import kinds
+import layers
 import numpy as np
 from lines import NONE, PASS, SHORT, WRONG, Line, at_least, at_most, not_measured, wrong
 
 import fastattn as fa
 from fastattn import _runtime, bench
+from fastattn.demos import sentences as demo
 
 HERE = Path(__file__).parent
 
@@ -792,6 +795,36 @@ def pretrained(run):
                            f" ({1e3 * mine:.0f} ms, {stats['eager'] / mine:.2f} × eager)")
 
 
+def sentences(run):
+    """MiniLM's embeddings of sentences of uneven lengths, packed, against padded batches of peers."""
+    n = cases.SENTENCES
+    what = f"MiniLM, {n} sentences"
+    if absent := demo.missing_packages():
+        for name, least in cases.SENTENCES_OVER_PEER.items():
+            yield not_measured(what, f"≥ {least:.4g} × {name}", f"{', '.join(absent)} missing")
+        return
+    encoder = demo.Encoder()
+    tokens = encoder.tokenize(encode.texts(n))
+    lengths = sorted(map(len, tokens))
+    what += f" of {lengths[0]} to {lengths[-1]} tokens, median {lengths[n // 2]}"
+    calls, missing = encode.calls(tokens, run.threads)
+    vectors = encoder.embed_tokens(tokens)
+    for (name, batch), call in calls.items():
+        worst = 1 - float((call() * vectors).sum(axis=1).min())
+        if not worst <= cases.COSINE_TOLERANCE:
+            yield Line(f"{what}, {name} in batches of {batch}", "a cosine of 1", f"1 - {worst:.2g}", WRONG)
+    with fa.threads(run.threads):
+        stats = bench.interleave({"fastattn": lambda: encoder.embed_tokens(tokens), **calls}, run.budget)
+    mine = stats["fastattn"].median
+    for name, least in cases.SENTENCES_OVER_PEER.items():
+        if name in missing:
+            yield not_measured(what, f"≥ {least:.4g} × {name}", missing[name])
+            continue
+        best, batch = min((stats[name, batch].median, batch) for batch in encode.PEER_BATCHES)
+        yield at_least(f"{what}, packed, against {name}", least, best / mine, f" × {name}",
+                       f" ({1e3 * mine:.0f} ms; {name} in batches of {batch})")
+
+
 def short(run):
     """Small problems, results only; and the comparator refuses results that are wrong by little."""
     row = cases.Row(1, 2, 64, 64)
@@ -809,11 +842,11 @@ def short(run):
 
 
 CHECKS = [grid, long, options, window_peers, packed, compiling, weights, float64, decode, small_decode, paged, latent,
-          half_grid, half, cliff, append, gradient_grid, gradient_options, training, pretrained, kinds.graph,
-          kinds.linear, kinds.normalizers, kinds.additive, kinds.changed, tiny, forced, threads, after_matmul, scratch,
-          imports, wheel]
+          half_grid, half, cliff, append, gradient_grid, gradient_options, training, pretrained, sentences, kinds.graph,
+          kinds.linear, kinds.normalizers, kinds.additive, kinds.changed, layers.layers_linear, layers.layers_norm,
+          layers.layers_encoder, tiny, forced, threads, after_matmul, scratch, imports, wheel]
 SHORT_CHECKS = [short, options, decode, gradient_grid, kinds.graph, kinds.linear, kinds.normalizers, kinds.additive,
-                scratch, imports]
+                layers.layers_linear, layers.layers_norm, layers.layers_encoder, scratch, imports]
 
 
 def python(command, folder, **environment):

@@ -33,16 +33,20 @@ from .graph import (
     graph_attention,
     graph_attention_backward,
 )
+from .layer import PackedWeight, linear, pack_weight
 from .linear_attention import LinearState, linear_attention, linear_attention_backward
 from .lowrank import linformer_attention, nystrom_attention
 from .merge import merge_states
 from .score import ScoreMod
 
+from . import nn  # isort: skip - made of the functions above
+
 __version__ = _config()["fastattn"]
 
-__all__ = ["ALiBi", "Graph", "KVCache", "LinearState", "RelativeBias", "ScoreMod", "additive_attention",
-           "additive_attention_backward", "attention", "attention_backward", "attention_weights", "gat_attention",
-           "gat_attention_backward", "gatv2_attention", "gatv2_attention_backward", "get_include", "get_num_threads",
-           "graph_attention", "graph_attention_backward", "isa", "linear_attention", "linear_attention_backward",
-           "linformer_attention", "masks", "merge_states", "nystrom_attention", "positions", "reference",
-           "set_num_threads", "show_config", "threads", "varlen_attention", "varlen_attention_backward"]
+__all__ = ["ALiBi", "Graph", "KVCache", "LinearState", "PackedWeight", "RelativeBias", "ScoreMod",
+           "additive_attention", "additive_attention_backward", "attention", "attention_backward", "attention_weights",
+           "gat_attention", "gat_attention_backward", "gatv2_attention", "gatv2_attention_backward", "get_include",
+           "get_num_threads", "graph_attention", "graph_attention_backward", "isa", "linear", "linear_attention",
+           "linear_attention_backward", "linformer_attention", "masks", "merge_states", "nn", "nystrom_attention",
+           "pack_weight", "positions", "reference", "set_num_threads", "show_config", "threads", "varlen_attention",
+           "varlen_attention_backward"]

@@ -2,6 +2,7 @@ from contextlib import AbstractContextManager
 from typing import SupportsIndex
 
 from . import masks as masks
+from . import nn as nn
 from . import positions as positions
 from . import reference as reference
 from .additive import additive_attention as additive_attention
@@ -21,6 +22,9 @@ from .graph import gatv2_attention as gatv2_attention
 from .graph import gatv2_attention_backward as gatv2_attention_backward
 from .graph import graph_attention as graph_attention
 from .graph import graph_attention_backward as graph_attention_backward
+from .layer import PackedWeight as PackedWeight
+from .layer import linear as linear
+from .layer import pack_weight as pack_weight
 from .linear_attention import LinearState as LinearState
 from .linear_attention import linear_attention as linear_attention
 from .linear_attention import linear_attention_backward as linear_attention_backward
@@ -29,12 +33,13 @@ from .lowrank import nystrom_attention as nystrom_attention
 from .merge import merge_states as merge_states
 from .score import ScoreMod as ScoreMod
 
-__all__ = ["ALiBi", "Graph", "KVCache", "LinearState", "RelativeBias", "ScoreMod", "additive_attention",
-           "additive_attention_backward", "attention", "attention_backward", "attention_weights", "gat_attention",
-           "gat_attention_backward", "gatv2_attention", "gatv2_attention_backward", "get_include", "get_num_threads",
-           "graph_attention", "graph_attention_backward", "isa", "linear_attention", "linear_attention_backward",
-           "linformer_attention", "masks", "merge_states", "nystrom_attention", "positions", "reference",
-           "set_num_threads", "show_config", "threads", "varlen_attention", "varlen_attention_backward"]
+__all__ = ["ALiBi", "Graph", "KVCache", "LinearState", "PackedWeight", "RelativeBias", "ScoreMod",
+           "additive_attention", "additive_attention_backward", "attention", "attention_backward", "attention_weights",
+           "gat_attention", "gat_attention_backward", "gatv2_attention", "gatv2_attention_backward", "get_include",
+           "get_num_threads", "graph_attention", "graph_attention_backward", "isa", "linear", "linear_attention",
+           "linear_attention_backward", "linformer_attention", "masks", "merge_states", "nn", "nystrom_attention",
+           "pack_weight", "positions", "reference", "set_num_threads", "show_config", "threads", "varlen_attention",
+           "varlen_attention_backward"]
 
 __version__: str
 

@@ -71,6 +71,8 @@ plain = None
 measure_peak = None
 read_once = None
 store = None
+pack = layer = plain_layer = lanes = norm = None
+has_pairs = False
 
 if _isa == "reference":
     def forward(problem):
@@ -103,6 +105,8 @@ else:
     graph = _dispatch.graph
     linear = _dispatch.linear
     store = _dispatch.store
+    pack, layer, plain_layer, norm = _dispatch.pack, _dispatch.layer, _dispatch.plain_layer, _dispatch.norm
+    lanes, has_pairs = _dispatch.lanes, _pairs is not None
     measure_peak = _dispatch.measure_peak
     read_once = _dispatch.read_once
 

@@ -88,9 +88,9 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, window=N
         Return (out, lse).
     deterministic : bool or "row", optional
         The bits of a row never depend on threads, the batch, the heads or the other rows, but for one thing: sequences
-        of up to 40 rows (32 of float64) take a path of their own, bound by memory, whose sums over D have another
-        order. "row" sends all by the path for many rows; a row then has the same bits whatever their number. A bool
-        changes nothing.
+        of few rows take a path of their own, bound by memory, whose sums over D have another order. How many are few,
+        2 to 32, depends on D, dtype and instruction set. "row" sends all by the path for many rows; a row then has the
+        same bits whatever their number. A bool changes nothing.
     num_threads : int, optional
         At most this many threads. Default: what ``get_num_threads()`` says.
 

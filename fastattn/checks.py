@@ -546,6 +546,14 @@ def compute_dtype(dtype):
     return FLOAT64 if dtype == FLOAT64 else FLOAT32
 
 
+def float_dtype(dtype):
+    """The argument ``dtype`` where it is float32 or float64."""
+    dtype = np.dtype(dtype)
+    if dtype not in (FLOAT32, FLOAT64):
+        raise TypeError(f"dtype must be float32 or float64, got {dtype}")
+    return dtype
+
+
 def _or(dtype, other):
     return f"{dtype}" if dtype == other else f"{dtype} or {other}"
 
@@ -629,13 +637,13 @@ def _broadcast(name, array, shape):
         raise ValueError(f"{name} must broadcast to (..., H, L, S) = {shape}, got shape {array.shape}") from None
 
 
-def _check_out(out, shape, dtype, inputs):
-    """`out` as a plain ndarray."""
+def _check_out(out, shape, dtype, inputs, of="query"):
+    """`out` as a plain ndarray; `of` is the argument whose dtype it has."""
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
     out = _array("out", out)
     if out.dtype != dtype:
-        raise ValueError(f"out must have query's dtype {dtype}, got {out.dtype}")
+        raise ValueError(f"out must have {of}'s dtype {dtype}, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"out must have shape {shape}, got {out.shape}")
     if not out.flags.writeable:

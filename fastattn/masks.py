@@ -332,14 +332,9 @@ class Mask:
 
     def plot(self, L, S, ax=None):
         """Draw the first list's mask, queries downwards, and return matplotlib's axes. Needs matplotlib."""
-        if ax is None:
-            from matplotlib import pyplot
+        from . import plot
 
-            ax = pyplot.figure(layout="constrained").subplots()
-        dense = self.to_dense(L, S)
-        ax.imshow(dense[(0,) * len(self.lead)], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        ax.set(xlabel="key", ylabel="query", title=f"{self!r}: {dense.mean():.1%}")
-        return ax
+        return plot.mask(self, L, S, ax=ax)
 
 
 class _Combined(Mask):

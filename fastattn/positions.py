@@ -109,6 +109,96 @@ def relative_buckets(distance, num_buckets=32, *, bidirectional=True, max_distan
     return bucket + side * (distance > 0) if bidirectional else bucket
 
 
+def sinusoidal(length, dim, *, base=10000.0, dtype="float32"):
+    """The position embeddings of the Transformer, added to the first layer's input.
+
+        out[p, 2 i] = sin(p base^(-2 i / dim))        out[p, 2 i + 1] = cos(p base^(-2 i / dim))
+
+    Parameters
+    ----------
+    length : int
+        Positions 0 to length - 1.
+    dim : int
+        Even.
+    base : float
+        Positive and finite.
+    dtype : float32 or float64
+
+    Returns
+    -------
+    ndarray (length, dim), dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        Numbers or a dtype of another kind; a negative length or dim, an odd dim, a base that is not positive and
+        finite.
+
+    Notes
+    -----
+    Angles are computed in float64, sines and cosines rounded once.
+
+    References
+    ----------
+    Vaswani et al., "Attention Is All You Need", 2017.
+
+    Examples
+    --------
+    >>> sinusoidal(3, 4, base=100.0).round(3)
+    array([[ 0.   ,  1.   ,  0.   ,  1.   ],
+           [ 0.841,  0.54 ,  0.1  ,  0.995],
+           [ 0.909, -0.416,  0.199,  0.98 ]], dtype=float32)
+    """
+    length, dim = _count("length", length), _even("dim", dim, 2)
+    return _sines(np.arange(length), dim, _positive("base", base), checks.float_dtype(dtype))
+
+
+def sinusoidal_2d(height, width, dim, *, base=10000.0, normalize=True, dtype="float32"):
+    """The position embeddings of DETR: of each pixel, dim / 2 sines and cosines of its row, then of its column.
+
+    Parameters
+    ----------
+    height, width : int
+    dim : int
+        A multiple of 4.
+    base : float
+        Positive and finite.
+    normalize : bool
+        Whether rows 1 to height are spread up to 2 pi, and columns likewise, or taken as they are.
+    dtype : float32 or float64
+
+    Returns
+    -------
+    ndarray (height, width, dim), dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        Numbers or a dtype of another kind; negative sizes, a dim that is no multiple of 4, a base that is not positive
+        and finite.
+
+    References
+    ----------
+    Carion et al., "End-to-End Object Detection with Transformers", 2020.
+
+    Examples
+    --------
+    >>> sinusoidal_2d(2, 1, 4, normalize=False)[:, 0].round(4)
+    array([[ 0.8415,  0.5403,  0.8415,  0.5403],
+           [ 0.9093, -0.4161,  0.8415,  0.5403]], dtype=float32)
+    """
+    dim, base = _even("dim", dim, 4), _positive("base", base)
+    out = np.empty((_count("height", height), _count("width", width), dim), checks.float_dtype(dtype))
+    normalize = checks._boolean("normalize", normalize)
+    for axis, part in enumerate((out[..., : dim // 2], out[..., dim // 2 :])):
+        n = out.shape[axis]
+        p = np.arange(1, n + 1)
+        if normalize:
+            p = p / (n + 1e-6) * (2 * math.pi)  # DETR's guard against dividing by 0
+        part[...] = np.expand_dims(_sines(p, dim // 2, base, out.dtype), 1 - axis)
+    return out
+
+
 class Rotary(NamedTuple):
     """A table for `apply_rotary`: row p has the cosines and sines of the angles by which position p turns its pairs.
 
@@ -332,6 +422,19 @@ def _count(name, value, low=0):
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
     return int(value)
+
+
+def _even(name, value, factor):
+    value = _count(name, value)
+    if value % factor:
+        raise ValueError(f"{name} must be a multiple of {factor}, got {value}")
+    return value
+
+
+def _sines(positions, dim, base, dtype):
+    """sin and cos of each position times each of the dim / 2 frequencies, in turn."""
+    angles = positions[:, None] * base ** (-2 * np.arange(dim // 2) / max(dim, 1))
+    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(len(positions), dim).astype(dtype)
 
 
 def _positive(name, value):

@@ -1,7 +1,7 @@
 from typing import Any, NamedTuple, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .attention import _Array, _Bool, _Integer, _Integers, _Number, _Real
 
@@ -12,6 +12,14 @@ def relative_buckets(
     distance: ArrayLike, num_buckets: int | np.integer[Any] = 32, *, bidirectional: bool | np.bool_ = True,
     max_distance: int | np.integer[Any] = 128,
 ) -> NDArray[np.int64]: ...
+
+def sinusoidal(
+    length: _Integer, dim: _Integer, *, base: _Number = 10000.0, dtype: DTypeLike = "float32",
+) -> NDArray[Any]: ...
+def sinusoidal_2d(
+    height: _Integer, width: _Integer, dim: _Integer, *, base: _Number = 10000.0, normalize: _Bool = True,
+    dtype: DTypeLike = "float32",
+) -> NDArray[Any]: ...
 
 class Rotary(NamedTuple):
     cos: NDArray[np.float32]

@@ -17,11 +17,12 @@ seen propagate, and a row whose visible scores are all -inf is NaN, not empty.
 """
 
 import functools
+import math
 
 import numpy as np
 
-from . import additive, checks, gradient, graph, merge, score
-from . import linear_attention as linear
+from . import additive, checks, gradient, graph, layer, merge, score
+from . import linear_attention as kernelized
 from .bias import ALiBi
 
 
@@ -310,8 +311,10 @@ additive_attention, additive_attention_backward = (
     _in_numpy(function, additive.kernels, lambda: (forward, backward))
     for function in (additive.additive_attention, additive.additive_attention_backward))
 linear_attention, linear_attention_backward = (
-    _in_numpy(function, linear.kernel, lambda: run_linear)
-    for function in (linear.linear_attention, linear.linear_attention_backward))
+    _in_numpy(function, kernelized.kernel, lambda: run_linear)
+    for function in (kernelized.linear_attention, kernelized.linear_attention_backward))
+linear, pack_weight = (
+    _in_numpy(function, layer.in_numpy, lambda: True) for function in (layer.linear, layer.pack_weight))
 
 
 def run_graph(call, dtype=None):
@@ -428,7 +431,7 @@ def run_linear(call, dtype=None):
     With the weights w[i, j] = features(q[i]) . features(k[j]) of one head at a time, all L x S of them.
     """
     dtype = np.dtype(dtype or np.float64).type
-    if call.mode == linear.KEY:  # the heads of a key head are added before they are rounded
+    if call.mode == kernelized.KEY:  # the heads of a key head are added before they are rounded
         of_key, of_value = (np.zeros(x.shape, dtype) for x in (call.grad_key, call.grad_value))
     with np.errstate(all="ignore"):
         for batch, head, kv_head in heads(call):
@@ -440,7 +443,7 @@ def run_linear(call, dtype=None):
                 visible = np.tri(call.L, n, dtype=np.bool_)
             of_q, of_k = linear_features(call, q, True), linear_features(call, k, False)
             weights = np.where(visible, of_q @ of_k.T, 0)
-            if call.mode == linear.OUTPUT:
+            if call.mode == kernelized.OUTPUT:
                 sums = weighted_sum(weights, visible, v)
                 if call.begin is not None:
                     sums += of_q @ call.begin[kv_head][:, : call.Dv + 1].astype(dtype)
@@ -456,22 +459,22 @@ def run_linear(call, dtype=None):
             g = np.where(z == 0, 0, call.grad_out[head].astype(dtype) / z)
             g = np.concatenate([g, -(g * call.out[head].astype(dtype)).sum(axis=1, keepdims=True)], axis=1)
             of_weights = np.where(visible, g @ v.T, 0)
-            if call.mode == linear.QUERY:
+            if call.mode == kernelized.QUERY:
                 grad = weighted_sum(of_weights, visible, of_k)
                 call.grad_query[head] = _through_features(call, grad, of_q, q, True)
             else:
                 grad = weighted_sum(of_weights.T, visible.T, of_q)
                 of_key[kv_head][:n] += _through_features(call, grad, of_k, k, False)
                 of_value[kv_head][:n] += weighted_sum(weights.T, visible.T, g)[:, :-1]
-    if call.mode == linear.KEY:
+    if call.mode == kernelized.KEY:
         call.grad_key[...], call.grad_value[...] = of_key, of_value
 
 
 def linear_features(call, x, of_query):
     """The features (rows, F) of queries or keys (rows, D)."""
-    if call.map == linear.MAPS["elu"]:
+    if call.map == kernelized.MAPS["elu"]:
         return np.where(x > 0, x + 1, np.exp(x))
-    if call.map == linear.MAPS["relu"]:
+    if call.map == kernelized.MAPS["relu"]:
         return np.maximum(x, 0)
     exponent = x @ call.projection.T.astype(x.dtype)
     if not of_query:
@@ -481,13 +484,46 @@ def linear_features(call, x, of_query):
 
 
 def _through_features(call, grad, features, x, of_query):
-    if call.map == linear.MAPS["elu"]:
+    if call.map == kernelized.MAPS["elu"]:
         return grad * np.where(features > 1, 1, features)
-    if call.map == linear.MAPS["relu"]:
+    if call.map == kernelized.MAPS["relu"]:
         return np.where(features > 0, grad, features * 0)
     grad = grad * features * np.log(2.0)
     of_x = grad @ call.projection.astype(x.dtype)
     return of_x if of_query else of_x - 2 * call.half * x * grad.sum(axis=1, keepdims=True)
+
+
+def run_layer(x, weight, bias, activation, out, dtype=None):
+    """Fill out with activation(x W^T + bias), computing in `dtype` (float64 unless given)."""
+    dtype = np.dtype(dtype or np.float64).type
+    with np.errstate(all="ignore"):
+        y = x.astype(dtype) @ weight.unpack().astype(dtype).T
+        y = y if bias is None else y + bias
+        if activation == "relu":
+            y = np.maximum(y, 0)
+        elif activation == "gelu":
+            y = y * 0.5 * np.vectorize(math.erfc, otypes=[dtype])(-y / math.sqrt(2))
+        elif activation == "gelu_tanh":
+            y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        elif activation == "silu":
+            e = np.exp(-abs(y))  # of y itself it would overflow where the result has not underflowed
+            y = y * np.where(y < 0, e, 1) / (1 + e)
+        out[...] = y
+
+
+def run_norm(x, add, total, weight, bias, eps, centre, out, dtype=None):
+    """Fill out with the rows of x + add normalised, and total with x + add, computing in `dtype` (else float64)."""
+    dtype = np.dtype(dtype or np.float64).type
+    with np.errstate(all="ignore"):
+        y = x.astype(dtype)
+        if add is not None:
+            y += add.astype(dtype)
+            total[...] = y
+        if centre:
+            y -= y.mean(axis=1, keepdims=True)
+        y /= np.sqrt(np.square(y).mean(axis=1, keepdims=True) + dtype(eps))
+        y = y if weight is None else y * weight
+        out[...] = y if bias is None else y + bias
 
 
 def philox(counter, seed):

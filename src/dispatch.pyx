@@ -159,10 +159,13 @@ cdef void poll(void* data) noexcept nogil:
             watch.stop = 1
 
 
+ctypedef void (*Each)(const void*, int64_t, void*) noexcept nogil
+
+
 cdef struct Work:
     const fastattn_kernel* kernel
     const fastattn_problem* p
-    void (*each)(const void*, int64_t, void*) noexcept nogil     # does a task of `of`, instead of run and p; or NULL
+    Each each                           # does a task of `of`, instead of run and p; or NULL
     const void* of
     const fastattn_problem* calls       # whose stop and poll are looked at
     bint in_turn                        # tasks wait for earlier ones: one at a time
@@ -275,6 +278,21 @@ cdef int perform(Work* work, fastattn_problem* p, int n_threads, double flops) e
     if watch.stop != 0 and PyErr_Occurred() != NULL:
         return -1
     return 0
+
+
+cdef int perform_each(const fastattn_kernel* kernel, Each each, const void* of, int64_t n_tasks, size_t size, int n_threads,
+                      double flops) except -1:
+    # the tasks of what is no attention problem, independent of each other; size: scratch of a thread
+    cdef fastattn_problem calls
+    cdef Work work
+    memset(&calls, 0, sizeof(calls))
+    work.kernel = kernel
+    work.each = each
+    work.of = of
+    work.in_turn = False
+    work.n_tasks = n_tasks
+    work.size = size
+    return perform(&work, &calls, n_threads, flops)
 
 
 cdef int run(fastattn_problem* p, int n_threads) except -1:
@@ -598,12 +616,10 @@ cdef void describe_nodes(fastattn_array* a, cnp.ndarray x, int tail) noexcept:
 def graph(call):
     """Fill the results of a problem on a graph (see graph.Problem)."""
     cdef fastattn_graph p
-    cdef fastattn_problem calls
-    cdef Work work
+    cdef const fastattn_kernel* kernel
     cdef double flops
     cdef int n_threads = 0 if call.num_threads is None else call.num_threads
     memset(&p, 0, sizeof(p))
-    memset(&calls, 0, sizeof(calls))
     p.mode, p.score, p.normalizer = call.mode, call.score, call.normalizer
     p.n_rows, p.n_edges, p.n_tasks = len(call.begin), len(call.source), len(call.cuts) - 1
     p.H, p.Hkv, p.D, p.Dv = call.H, call.Hkv, call.D, call.Dv
@@ -640,29 +656,23 @@ def graph(call):
     if p.n_tasks == 0 or p.H == 0:
         return
     flops = 2.0*p.H*(p.n_edges + p.n_rows)*(p.D + p.Dv + 32)
-    work.kernel = kernel_of(call.bits)
-    work.each = <void (*)(const void*, int64_t, void*) noexcept nogil>work.kernel.graph
-    work.of = &p
-    work.in_turn = False
-    work.n_tasks = p.n_tasks
-    work.size = work.kernel.graph_scratch(&p)
-    perform(&work, &calls, threads_for(n_threads, flops), flops)
+    kernel = kernel_of(call.bits)
+    perform_each(kernel, <Each>kernel.graph, &p, p.n_tasks, kernel.graph_scratch(&p), threads_for(n_threads, flops), flops)
 
 
 def linear(call):
     """Fill the results of linear attention (see linear_attention.Call)."""
     cdef fastattn_linear p
-    cdef fastattn_problem calls
-    cdef Work work
+    cdef const fastattn_kernel* kernel = kernel_of(call.bits)
     cdef double flops
-    cdef int64_t heads, sources, lanes
+    cdef int64_t heads, sources, lanes, n_tasks
+    cdef size_t size
     cdef int n_threads = 0 if call.num_threads is None else call.num_threads
     cdef int i
     cdef cnp.npy_intp shape[3]
     cdef cnp.ndarray q = call.query
     cdef cnp.ndarray sums
     memset(&p, 0, sizeof(p))
-    memset(&calls, 0, sizeof(calls))
     p.mode, p.map, p.causal, p.half = call.mode, call.map, call.causal, call.half
     p.B = 1
     p.n_lead = cnp.PyArray_NDIM(q) - 3
@@ -696,11 +706,7 @@ def linear(call):
     p.row_segments = (lanes + FASTATTN_LINEAR_SEGMENT - 1)//FASTATTN_LINEAR_SEGMENT
     flops = 4.0*p.F*(p.Dv + 1)*p.B*(p.H*p.L + p.Hkv*p.S)*(1 if p.mode == FASTATTN_LINEAR_OUTPUT else 2)
     n_threads = threads_for(n_threads, flops)
-    work.kernel = kernel_of(call.bits)
-    work.each = <void (*)(const void*, int64_t, void*) noexcept nogil>work.kernel.linear
-    work.of = &p
-    work.in_turn = False
-    work.size = work.kernel.linear_scratch(&p)
+    size = kernel.linear_scratch(&p)
     # One walk where heads keep all threads busy: the same bits, a product less.
     if p.causal and (heads % n_threads == 0 or heads >= 4*n_threads):
         phases = (FASTATTN_LINEAR_WALK,)
@@ -711,13 +717,122 @@ def linear(call):
         p.sums = cnp.PyArray_DATA(sums)
     for phase in phases:
         p.phase = phase
-        work.n_tasks = heads
+        n_tasks = heads
         if phase == FASTATTN_LINEAR_SUMS:
-            work.n_tasks *= p.segments
+            n_tasks *= p.segments
         elif phase == FASTATTN_LINEAR_ROWS:
-            work.n_tasks *= p.row_segments
-        if work.n_tasks > 0:
-            perform(&work, &calls, n_threads, flops)
+            n_tasks *= p.row_segments
+        if n_tasks > 0:
+            perform_each(kernel, <Each>kernel.linear, &p, n_tasks, size, n_threads, flops)
+
+
+def pack(cnp.ndarray weight, cnp.ndarray panels, int bits):
+    """Fill panels of a linear layer from weight (N, K): see layer.PackedWeight."""
+    cdef fastattn_array a
+    cdef const fastattn_kernel* kernel = kernel_of(bits)
+    cdef int64_t K = cnp.PyArray_DIM(weight, 1)
+    cdef size_t size = max(<int64_t>1, K)*kernel.lanes*8
+    cdef void* memory = take(&size)
+    cdef int64_t N = cnp.PyArray_DIM(weight, 0)
+    cdef int kind = kind_of(panels)
+    cdef void* to = cnp.PyArray_DATA(panels)
+    if memory == NULL:
+        raise MemoryError(f"fastattn needs {size} bytes of scratch")
+    describe(&a, weight, 3, 0)
+    with nogil:
+        kernel.pack(&a, N, K, kind, to, memory)
+    give_back(memory, size)
+
+
+def layer(cnp.ndarray x, cnp.ndarray panels, cnp.ndarray bias, int activation, cnp.ndarray out, int bits, int n_threads):
+    """out (M, N) = activation(x (M, K) W^T + bias), W as packed panels; the arguments are those of layer.linear."""
+    cdef fastattn_layer p
+    memset(&p, 0, sizeof(p))
+    p.M, p.K, p.N = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(out, 1)
+    describe(&p.x, x, 3, 0)
+    describe(&p.out, out, 3, 0)
+    run_layer(&p, panels, bias, activation, bits, n_threads)
+
+
+cdef int run_layer(fastattn_layer* p, cnp.ndarray panels, cnp.ndarray bias, int activation, int bits, int n_threads) except -1:
+    # p has x and out
+    cdef const fastattn_kernel* kernel = kernel_of(bits)
+    cdef int64_t n_tasks
+    cdef double flops = 2.0*max(p.M, <int64_t>8)*p.N*p.K      # fewer rows take as long: they wait for the weight
+    if p.M*p.N == 0:
+        return 0
+    p.panels = cnp.PyArray_DATA(panels)
+    p.kind = kind_of(panels)
+    p.bias = NULL if bias is None else cnp.PyArray_DATA(bias)
+    p.activation = activation
+    n_threads = threads_for(n_threads, flops)
+    n_tasks = kernel.layer_tasks(p, n_threads)
+    return perform_each(kernel, <Each>kernel.layer, p, n_tasks, kernel.layer_scratch(p), n_threads, flops)
+
+
+def plain_layer(x, cnp.ndarray panels, int64_t N, int64_t K, bias, int activation, int bits):
+    """The layer's result for an array x (..., K) of reals that lies row after row, bias alike; None for others."""
+    cdef cnp.ndarray a, b, out
+    cdef cnp.npy_intp shape[64]
+    cdef fastattn_layer p
+    cdef int typenum = cnp.NPY_FLOAT64 if bits == 64 else cnp.NPY_FLOAT32
+    cdef int i, n
+    if type(x) is not cnp.ndarray or not (bias is None or type(bias) is cnp.ndarray):
+        return None
+    a = x
+    b = bias
+    n = cnp.PyArray_NDIM(a)
+    if (n < 2 or n > 60 or K == 0 or not simple(a, typenum) or not cnp.PyArray_IS_C_CONTIGUOUS(a)
+            or cnp.PyArray_DIM(a, n - 1) != K):
+        return None
+    if b is not None and (cnp.PyArray_NDIM(b) != 1 or cnp.PyArray_DIM(b, 0) != N or not simple(b, typenum)
+                          or not cnp.PyArray_IS_C_CONTIGUOUS(b)):
+        return None
+    memset(&p, 0, sizeof(p))
+    p.M, p.K, p.N = cnp.PyArray_SIZE(a)//K, K, N
+    if <double>p.M*N > 2.0**36:
+        return None
+    for i in range(n - 1):
+        shape[i] = cnp.PyArray_DIM(a, i)
+    shape[n - 1] = N
+    out = empty(n, shape, typenum)
+    p.x.data, p.x.kind, p.x.row, p.x.col = cnp.PyArray_DATA(a), FASTATTN_REAL, K, 1
+    p.out.data, p.out.kind, p.out.row, p.out.col = cnp.PyArray_DATA(out), FASTATTN_REAL, N, 1
+    run_layer(&p, panels, b, activation, bits, 0)
+    return out
+
+
+def norm(cnp.ndarray x, cnp.ndarray add, cnp.ndarray total, cnp.ndarray weight, cnp.ndarray bias, double eps, bint centre,
+         cnp.ndarray out, int n_threads):
+    """out (M, N) = rows of x + add normalised, and total = x + add; the arguments are those of layer.normalise."""
+    cdef fastattn_norm p
+    cdef const fastattn_kernel* kernel = kernel_of(64 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64 else 32)
+    cdef int64_t n_tasks
+    cdef double flops
+    memset(&p, 0, sizeof(p))
+    p.M, p.N = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1)
+    if p.M*p.N == 0:
+        return
+    describe(&p.x, x, 3, 0)
+    describe(&p.out, out, 3, 0)
+    if add is not None:
+        describe(&p.add, add, 3, 0)
+    if total is not None:
+        describe(&p.sum, total, 3, 0)
+    p.weight = NULL if weight is None else cnp.PyArray_DATA(weight)
+    p.bias = NULL if bias is None else cnp.PyArray_DATA(bias)
+    p.eps = eps
+    p.centre = centre
+    flops = 32.0*p.M*p.N        # as long as so many of a product
+    n_tasks = (p.M + FASTATTN_NORM_ROWS - 1)//FASTATTN_NORM_ROWS
+    perform_each(kernel, <Each>kernel.norm, &p, n_tasks, kernel.norm_scratch(&p), threads_for(n_threads, flops), flops)
+
+
+def lanes(int bits):
+    """Outputs of a panel."""
+    if kernel_of(bits) == NULL:
+        raise ValueError(f"there is no kernel for {bits} bits")
+    return kernel_of(bits).lanes
 
 
 def store(pools, cnp.ndarray slots, cnp.ndarray counts, cnp.ndarray begin, cnp.ndarray key, cnp.ndarray value, rotary):

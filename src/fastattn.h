@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FASTATTN_ABI 6
+#define FASTATTN_ABI 7
 #define FASTATTN_LEAD 8
 #define FASTATTN_UNBOUNDED ((int64_t)1 << 61)
 
@@ -232,6 +232,36 @@ typedef struct {
     void *sums;                     /* (B, Hkv, segments + 1) states */
 } fastattn_linear;
 
+/* A linear layer, out = activation(x W^T + bias), whose weight is in panels that `pack` has made. */
+enum {
+    FASTATTN_IDENTITY,
+    FASTATTN_RELU_LAYER,            /* max(x, 0) */
+    FASTATTN_GELU,                  /* x times the normal distribution function of x */
+    FASTATTN_GELU_TANH,             /* the same approximated by tanh */
+    FASTATTN_SILU,                  /* x / (1 + exp(-x)) */
+};
+
+typedef struct {
+    int64_t M, N, K;                /* rows, outputs, inputs; K is even for pairs */
+    fastattn_array x, out;          /* (M, K) and (M, N): `row` and `col` */
+    const void *panels;             /* outputs up to a multiple of `lanes`, zeros behind: [.][K][lanes] of `kind`, or pairs */
+    int32_t kind;                   /* of panels: FASTATTN_REAL or FASTATTN_BF16 */
+    const void *bias;               /* (N,) real; optional */
+    int32_t activation;
+    int64_t row_blocks, column_blocks;      /* set by layer_tasks */
+} fastattn_layer;
+
+/* Rows of mean 0 and variance 1, or without `centre` of mean square 1: (x + add - mean) / sqrt(variance + eps) weight + bias. */
+enum { FASTATTN_NORM_ROWS = 64 };   /* of a task */
+
+typedef struct {
+    int64_t M, N;
+    fastattn_array x, add, sum, out;        /* (M, N): `row` and `col`; add is optional, and with it sum, which gets x + add */
+    const void *weight, *bias;              /* (N,) real; optional */
+    double eps;
+    int32_t centre;
+} fastattn_norm;
+
 typedef struct {
     int32_t abi, bits;
     int64_t lanes;                                                  /* queries of the widest block */
@@ -245,6 +275,13 @@ typedef struct {
     void (*graph)(const fastattn_graph *, int64_t task, void *scratch);
     size_t (*linear_scratch)(const fastattn_linear *);
     void (*linear)(const fastattn_linear *, int64_t task, void *scratch);
+    void (*pack)(const fastattn_array *weight, int64_t N, int64_t K, int32_t kind, void *panels, void *memory);    /* (N, K): `row`
+                                                                     * and `col`; memory: K * lanes reals */
+    int64_t (*layer_tasks)(fastattn_layer *, int64_t threads);
+    size_t (*layer_scratch)(const fastattn_layer *);
+    void (*layer)(const fastattn_layer *, int64_t task, void *scratch);
+    size_t (*norm_scratch)(const fastattn_norm *);
+    void (*norm)(const fastattn_norm *, int64_t task, void *scratch);
     void (*exp2)(const void *x, void *y, int64_t n);                /* the kernel's own exponential, for its test */
     void (*tanh)(const void *x, void *y, int64_t n);
     double (*peak)(int64_t rounds);                                 /* floating-point operations done, all in registers */

@@ -22,8 +22,6 @@ DIGITS = {"float16": (11, -14), "bfloat16": (8, -126)}  # bits of precision and 
 LANES = 64  # rows of a block, whose contributions to the gradient of a key are summed from zero
 SMALLEST = 2.0**-149  # what a weight may lose where it is denormal
 
-FEW, FEW_FLOAT64 = 40, 32  # the largest number of rows that go the way of few
-
 # Products of bfloat16 pairs, for many rows: weights are rounded to bfloat16; a denormal operand or sum counts as 0.
 PAIRS_ISA = "avx512_bf16"
 PAIRS_ROUNDOFF, PAIRS_TINY = 2.0**-8, 2.0**-126
@@ -47,15 +45,29 @@ def ulp(x, dtype):
     return np.ldexp(1.0, exponent - digits)
 
 
+def few_rows(D, *dtypes, scale=1.0):
+    """Rows of a sequence up to which they go the way of few, as in the kernels: `few_rows` of few_tiles.pxi.
+
+    dtypes: of query, key and value, where they differ. Scales that are not positive keep bfloat16 from going in pairs.
+    """
+    names, isa = {np.dtype(dtype).name for dtype in dtypes}, fa.isa()
+    n = 24 if D >= 64 else 12 if D >= 32 else 8
+    if not isa.startswith("avx512"):
+        n = (12 if isa in ("avx2", "neon") else 32) if D in (64, 128) else 4
+    pairs = isa == PAIRS_ISA and names == {"bfloat16"} and D % 2 == 0 and 1e-30 < scale < 1e30
+    return n // 2 if pairs or "float64" in names else n
+
+
 def takes_pairs(problem, batch):
     """Whether the rows of this batch are multiplied in pairs of bfloat16."""
-    if fa.isa() != PAIRS_ISA or problem.reduce or problem.query.shape[-1] % 2 or not 1e-30 < problem.scale < 1e30:
+    D = problem.query.shape[-1]
+    if fa.isa() != PAIRS_ISA or problem.reduce or problem.dropout or D % 2 or not 1e-30 < problem.scale < 1e30:
         return False
     if problem.normalizer != checks.SOFTMAX or problem.additive is not None or problem.score_mod is not None:
         return False
     rows = problem.L if problem.query_lengths is None else min(problem.L, problem.query_lengths[batch])
     names = {array.dtype.name for array in (problem.query, problem.key, problem.value)}
-    return names == {"bfloat16"} and (rows > FEW or problem.one_path)
+    return names == {"bfloat16"} and (rows > few_rows(D, *names) or problem.one_path)
 
 
 class Bound(NamedTuple):

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from cases import FEW, PAIRS_ISA, UNIT_ROUNDOFF, assert_close, bound, exact, generator, inputs
+from cases import PAIRS_ISA, UNIT_ROUNDOFF, assert_close, bound, exact, few_rows, generator, inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import BROADCASTS, LAYOUTS, assert_same_bits
@@ -18,7 +18,7 @@ NAN, INF = np.nan, np.inf
 F32, F64 = np.float32, np.float64
 
 # 1, primes, and the neighbours of every size a kernel may work in: vectors of 2 to 16, 64 queries, 96 keys.
-LENGTHS = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 129, 192, 193, 200]
+LENGTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 129, 192, 193, 200]
 HEAD_SIZES = [*range(71), 80, 96, 127, 128, 129, 192, 256, 257, 300]
 BORDERS = [0, 1, 7, 8, 15, 16, 63, 64, 94, 95, 96, 97, 191, 192, 193]
 
@@ -55,7 +55,8 @@ def check(arrays, options, context, out=None):
     assert_same_bits(plain[finite], result[finite], {**context, "call": "without lse"})
 
     # Few rows go their own way; here the way of many.
-    if result.shape[-2] <= FEW or "query_lengths" in options:
+    few = few_rows(arrays[0].shape[-1], *(array.dtype for array in arrays), scale=options.get("scale", 1.0))
+    if result.shape[-2] <= few or "query_lengths" in options:
         options = {**options, "deterministic": "row"}
         context = {**context, "call": "by the path of many rows"}
         result_of_many, lse_of_many = fa.attention(*arrays, return_lse=True, **options)
@@ -86,7 +87,8 @@ def test_every_pair_of_lengths(L, dtype, seed):
 def test_every_head_size(D, Dv_is, dtype, seed):
     rng = generator(seed, D, Dv_is)
     Dv = D if Dv_is == "D" else HEAD_SIZES[-1 - HEAD_SIZES.index(D)]
-    for L, S in [(5, 7), (67, 197) if dtype == F32 else (35, 101)]:  # a tile holds half as many float64
+    # as many as go the way of few; more than a tile, which holds half as many float64
+    for L, S in [(few_rows(D, dtype), 103), (67, 197) if dtype == F32 else (35, 101)]:
         arrays = inputs(rng, (), 1, 1, L, S, D, Dv, dtype)
         for options in {}, {"causal": True}:
             check(arrays, options, told(arrays, options, seed))
@@ -168,6 +170,14 @@ def split(arguments):
     return tuple(options.pop(name) for name in ("query", "key", "value")), options
 
 
+def few_of(arrays, options, out=None):
+    """The last rows of all, as many as go the way of few: views in the same layout."""
+    q, k, v = arrays
+    rows = slice(q.shape[-2] - few_rows(q.shape[-1], q.dtype), None)
+    options = {name: x[..., rows, :] if name in ("mask", "bias") else x for name, x in options.items()}
+    return (q[..., rows, :], k, v), options, None if out is None else out[..., rows, :]
+
+
 @both_dtypes
 @pytest.mark.parametrize("name", ["query", "key", "value", "bias", "mask", "out", "all"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -184,6 +194,8 @@ def test_layouts(layout, name, dtype, seed):
     arrays, options = split(arguments)
     for chosen in [options] if name in ("bias", "mask") else [options, {}, {"causal": True}]:
         check(arrays, chosen, told(arrays, chosen, seed, layout=layout, argument=name), out)
+    arrays, options, out = few_of(arrays, options, out)
+    check(arrays, options, told(arrays, options, seed, layout=layout, argument=name), out)
 
 
 @both_dtypes
@@ -198,6 +210,8 @@ def test_zero_strides(broadcast, name, dtype, seed):
     arrays, options = split(arguments)
     for chosen in [options] if name in ("bias", "mask") else [options, {}, {"causal": True}]:
         check(arrays, chosen, told(arrays, chosen, seed, broadcast=broadcast, argument=name))
+    arrays, options, _ = few_of(arrays, options)
+    check(arrays, options, told(arrays, options, seed, broadcast=broadcast, argument=name))
 
 
 @both_dtypes
@@ -263,13 +277,15 @@ def blocks(rng, B, H, L, S):
 
 
 @both_dtypes
-@pytest.mark.parametrize("L, S", [(1, 100), (19, 7), (37, 130), (100, 200)])
-def test_each_option_alone(L, S, dtype, seed):
+@pytest.mark.parametrize("L, S, D", [(1, 100, 8), (19, 7, 8), ("few", 130, 64), (100, 200, 8)])
+def test_each_option_alone(L, S, D, dtype, seed):
     B, H = 2, 2
-    if dtype == F64 and L > 50:
+    if L == "few":
+        L = few_rows(D, dtype)
+    elif dtype == F64 and L > 50:
         L //= 2  # a tile holds half as many
     rng = generator(seed, L, S)
-    arrays = inputs(rng, (B,), H, 1, L, S, 8, 9, dtype)
+    arrays = inputs(rng, (B,), H, 1, L, S, D, 9, dtype)
     for number, options in enumerate(options_alone(rng, B, H, L, S, dtype)):
         check(arrays, options, told(arrays, options, seed, number=number))
 
@@ -283,8 +299,8 @@ def calls(draw):
     lead = draw(st.sampled_from([(), (1,), (2,), (2, 1)]))
     B, Hkv, group = math.prod(lead), draw(st.integers(1, 2)), draw(st.integers(1, 2))
     H = Hkv * group
-    L, S = (draw(st.sampled_from([0, *LENGTHS])) for _ in range(2))
-    D, Dv = (draw(st.sampled_from([1, 8, 0, 3, 16, 17, 33])) for _ in range(2))
+    L, S = (draw(st.sampled_from([0, *more, *LENGTHS])) for more in ([1, 2, 3, 4, 6, 12], []))
+    D, Dv = (draw(st.sampled_from([1, 8, 0, 3, 16, 17, 33, 64])) for _ in range(2))
     number = draw(st.integers(0, 2**32 - 1))
     return dtype, lead, B, H, Hkv, L, S, D, Dv, number, draw(choices(H, L, S, lead))
 
@@ -503,7 +519,7 @@ def restrictions(rng, B, H, L, S, dtype):
         "left of window": {"window": (20, None)},
         "kv_lengths": {"kv_lengths": [S - 50, S // 2]},
         "all": {"mask": rng.random((L, S)) < 0.8, "bias": bias, "causal": True, "window": 100,
-                "kv_lengths": [S, S - 50], "query_lengths": [L, L - 20], "sinks": np.ones(H, dtype)},
+                "kv_lengths": [S, S - 50], "query_lengths": [L, max(L - 20, L // 2)], "sinks": np.ones(H, dtype)},
     }
 
 
@@ -583,7 +599,7 @@ def test_hidden_nan_and_inf_in_bias_and_query_change_no_bit(kind, dtype, seed):
 @pytest.mark.parametrize("form", ["plain", "causal", "mask", "bias", "columns first"])
 def test_live_nan_and_inf_propagate(form, dtype, seed):
     """At every length, on both sides of every tile border: one poisoned element a batch."""
-    L, D, Dv = 3, 2, 3
+    L, D, Dv = min(3, few_rows(2, dtype)), 2, 3
     bad_values = [NAN, INF, -INF]
     for S in range(1, 201):
         rng = generator(seed, form, S)

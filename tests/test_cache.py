@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from cases import assert_close, bound, exact, generator
+from cases import assert_close, bound, exact, few_rows, generator
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -425,10 +425,12 @@ def test_int8_does_not_hide_nan_and_inf(bad, seed):
     {}, {"causal": True}, {"scale": -1.5}, {"softcap": 2.0}, {"window": 5}, {"sinks": True},
 ], ids=str)
 @pytest.mark.parametrize("size", [0.1, 1, 5])
-def test_int8_bound(size, options, seed):
+@pytest.mark.parametrize("path", ["few", "many"])
+def test_int8_bound(path, size, options, seed):
     """|out - exact| <= (e^(2 d) - 1) sum p |v| + e^(2 d) h sum p vs, as documented; and d itself."""
-    rng = generator(seed, size, str(options))
-    head, n, L = 32, 150, 40
+    rng = generator(seed, path, size, str(options))
+    head, n = 32, 150
+    L = few_rows(head, F32) if path == "few" else 40
     options = dict(options)
     if "sinks" in options:
         options["sinks"] = rng.standard_normal(H).astype(F32)

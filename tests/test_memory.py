@@ -91,12 +91,13 @@ def some(*shape, pool=POOL):
     return pool[at:at + n].reshape(shape)
 """
 
-# Every S and D with a few L: a plain call, and one with all options; unit strides, and the last two axes swapped.
+# Every S and D with some L, of either path: a plain call, and one with all options; unit strides, and the last two
+# axes swapped.
 EVERY_S_AND_D = """
-LS = [1, 3, 17, 66]
+LS = [1, 4, 8, 17, 66]
 for S, D in itertools.product(range(1, 71), range(1, 71)):
     for order in "CF":
-        L = LS[(S + D + (order == "F")) % 4]
+        L = LS[(S + D + (order == "F")) % 5]
         case(L=L, S=S, D=D, order=order)
         q = flush("query", some(L, D), order)
         k = flush("key", some(S, D), order)
@@ -117,7 +118,9 @@ for S, D in itertools.product(range(1, 71), range(1, 71)):
 
 # Every L with a few S and D; more heads and batches, so that the flush ones are the first and the last of several.
 EVERY_L = """
-for L, S, D in itertools.product(range(1, 131), [1, 2, 5, 17, 100], [1, 4, 19]):
+for L, S, D in itertools.product(range(1, 131), [1, 2, 5, 17, 100], [1, 4, 19, 64]):
+    if D == 64 and L > 33:
+        continue  # up to there L may take the path of few
     Dv = D + L % 3
     for order in "CF":
         case(L=L, S=S, D=D, Dv=Dv, order=order)
@@ -135,7 +138,7 @@ for L, S, D in itertools.product(range(1, 131), [1, 2, 5, 17, 100], [1, 4, 19]):
 
 # Steps and reversals: the flush element is the first or the last that the view reaches.
 STEPS = """
-for L, S, D in itertools.product([1, 16, 37, 70], [1, 7, 16, 97, 200], [1, 3, 8, 16, 17, 40]):
+for L, S, D in itertools.product([1, 4, 12, 70], [1, 7, 16, 97, 200], [1, 3, 8, 17, 40, 64]):
     for step in 2, -1, -3:
         def stepped(name, array):
             wide = place(name, [(n - 1) * abs(step) + 1 for n in array.shape], array.dtype)
@@ -152,7 +155,7 @@ for L, S, D in itertools.product([1, 16, 37, 70], [1, 7, 16, 97, 200], [1, 3, 8,
 
 # NaN and infinities take paths of their own; so does a maximum that rises from block to block.
 RARE_PATHS = """
-for L, S, D in itertools.product([1, 17, 66], [1, 40, 96, 97, 200], [1, 3, 16, 19, 33]):
+for L, S, D in itertools.product([1, 4, 12, 66], [1, 40, 96, 97, 200], [1, 3, 19, 33, 64]):
     for order in "CF":
         case(L=L, S=S, D=D, order=order)
         q = flush("query", some(L, D), order)
@@ -278,6 +281,63 @@ for L, S, D in itertools.product([1, 17, 66, 130], [1, 5, 97, 200], [1, 8, 17]):
             fa.additive_attention_backward(g, q, k, v, w, out, lse, bias=b, **more)
 """
 
+# Linear layers. Their panels are flush too, as they are allocated like results. Rows that are read in place and rows
+# that are packed, 16 bits among them; outputs that fill no vector, no block, or one more.
+LAYERS = """
+SIZES = [1, 2, 5, 17, 96, 97, 130], [1, 3, 16, 17, 63, 64, 65, 130], [0, 1, 2, 7, 16, 17, 257]
+for M, N, K in itertools.product(*SIZES):
+    for order in "CF":
+        x = flush("x", some(M, K), order)
+        weight = flush("weight", some(N, K), order)
+        bias = flush("bias", some(N))
+        out = place("out", (M, N), dtype, order)
+        for kept in ["float32", "bfloat16"] if dtype == np.float32 else ["float64"]:
+            case(M=M, N=N, K=K, order=order, kept=kept)
+            packed = fa.pack_weight(weight, kept)
+            fa.linear(x, packed, out=out)
+            fa.linear(x, packed, bias, ["relu", "gelu", "gelu_tanh", "silu"][(M + N + K) % 4], out=out)
+            fa.linear(x[:, None], packed, bias)
+            if dtype == np.float32:
+                half = flush("half", x.astype(np.float16), order)
+                fa.linear(half, packed, bias, out=place("half out", (M, N), np.float16, order))
+    for step in 2, -1, -3:
+        def stepped(name, array):
+            wide = place(name, [(n - 1) * abs(step) + 1 if n else 0 for n in array.shape], array.dtype)
+            view = wide[::step, ::step]
+            view[...] = array
+            return view
+        case(M=M, N=N, K=K, step=step)
+        packed = fa.pack_weight(stepped("weight", some(N, K)))
+        fa.linear(stepped("x", some(M, K)), packed, flush("bias", some(N)), out=stepped("out", np.zeros((M, N), dtype)))
+"""
+
+# Norms: rows that fill no vector and no task, or one more; what is added and its sum; other steps and 16 bits.
+NORMS = """
+for M, N in itertools.product([1, 15, 16, 17, 64, 65], [*range(1, 71), 511, 512, 513, 1000]):
+    weight, bias = flush("weight", some(N)), flush("bias", some(N))
+    for order in "CF":
+        x, add = flush("x", some(M, N), order), flush("add", some(M, N), order)
+        out, total = (place(name, (M, N), dtype, order) for name in ("out", "total"))
+        for centre in True, False:
+            case(M=M, N=N, order=order, centre=centre)
+            _runtime.norm(x, None, None, None, None, 1e-5, centre, out, 1)
+            _runtime.norm(x, add, total, weight, bias, 1e-5, centre, out, 1)
+            _runtime.norm(x, add, None, weight, None, 1e-5, centre, out, 1)
+            if dtype == np.float32:
+                half = [flush("half " + name, a.astype(np.float16), order) for name, a in (("x", x), ("add", add))]
+                results = [place("half " + name, (M, N), np.float16, order) for name in ("out", "total")]
+                _runtime.norm(*half, results[1], weight, bias, 1e-5, centre, results[0], 1)
+    for step in 2, -1, -3:
+        def stepped(name, array):
+            wide = place(name, [(n - 1) * abs(step) + 1 for n in array.shape], array.dtype)
+            view = wide[::step, ::step]
+            view[...] = array
+            return view
+        case(M=M, N=N, step=step)
+        x, add, out, total = (stepped(name, some(M, N)) for name in ("x", "add", "out", "total"))
+        _runtime.norm(x, add, total, weight, bias, 1e-5, True, out, 1)
+"""
+
 
 def run(tmp_path, body, *arguments):
     """(return code, last case, errors) of a child that runs HARNESS and `body`."""
@@ -309,8 +369,9 @@ def test_graphs_touch_nothing_outside_the_arrays(side, dtype, tmp_path, seed):
 @pytest.mark.compiled
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("side", ["begin", "end"])
-@pytest.mark.parametrize("body", [EVERY_S_AND_D, EVERY_L, STEPS, RARE_PATHS, BACKWARD, NORMALIZERS],
-                         ids=["every S and D", "every L", "steps", "rare paths", "backward", "normalizers"])
+@pytest.mark.parametrize("body", [EVERY_S_AND_D, EVERY_L, STEPS, RARE_PATHS, BACKWARD, NORMALIZERS, LAYERS, NORMS],
+                         ids=["every S and D", "every L", "steps", "rare paths", "backward", "normalizers", "layers",
+                              "norms"])
 def test_nothing_outside_the_arrays_is_touched(body, side, dtype, tmp_path, seed):
     assert_survives(tmp_path, body, seed, side, dtype)
 
@@ -334,6 +395,20 @@ STRAY = {
     "value of a graph": ("end", "fa.graph_attention(some(1, 1, 3), some(6, 1, 3), over(a)[:, None], edges)"),
     "source": ("end", "edges.source = flush('source', edges.source); edges.end = edges.end + 1; "
                       "fa.graph_attention(some(1, 1, 3), some(6, 1, 3), some(6, 1, 3), edges)"),
+    "x of a layer": ("end", "fa.linear(over(a), some(2, 3))"),
+    "weight of a layer": ("end", "fa.pack_weight(over(a))"),
+    "panels of a layer": ("end", "w = fa.pack_weight(some(1, 3)); w.shape = (1, 4); fa.linear(some(2, 4), w)"),
+    "bias of a layer": ("end", "fa.linear(some(2, 3), some(2, 3), as_strided(flush('b', some(1)), (2,), (4,)))"),
+    "out of a layer": ("end", "fa.linear(some(6, 3), some(3, 3), out=over(a))"),
+    "x of a norm": ("end", "norm(over(a), None, None, None, None, some(6, 3))"),
+    "x of a norm, before": ("begin", "norm(as_strided(a, (6, 3), (-12, 4)), None, None, None, None, some(6, 3))"),
+    "add of a norm": ("end", "norm(some(6, 3), over(a), None, None, None, some(6, 3))"),
+    "sum of a norm": ("end", "norm(some(6, 3), some(6, 3), over(a), None, None, some(6, 3))"),
+    "weight of a norm": ("end", "norm(some(6, 3), None, None, as_strided(flush('w', some(2)), (3,), (4,)), None, "
+                                "some(6, 3))"),
+    "bias of a norm": ("end", "norm(some(6, 3), None, None, None, as_strided(flush('b', some(2)), (3,), (4,)), "
+                              "some(6, 3))"),
+    "out of a norm": ("end", "norm(some(6, 3), None, None, None, None, over(a))"),
     "lse": ("end", "p = checks.problem(some(6, 3), some(4, 3), some(4, 3), return_lse=True); "
                    "p.lse = over(place('lse', (1, 5), dtype).T).T; _runtime.forward(p)"),
 }
@@ -347,6 +422,7 @@ def test_harness_sees_one_stray_element(how, tmp_path, seed):
     start = """
 from numpy.lib.stride_tricks import as_strided
 over = lambda array: as_strided(array, (array.shape[0] + 1, array.shape[1]), array.strides)
+norm = lambda x, add, total, weight, bias, out: _runtime.norm(x, add, total, weight, bias, 1e-5, True, out, 1)
 a = flush("a", some(5, 3))
 """
     if "edges" in body:

@@ -243,6 +243,57 @@ def test_bad_argument(call, error, message):
     assert caught.type is error and re.fullmatch(message, str(caught.value)), str(caught.value)
 
 
+# --- sines and cosines of positions ---
+
+@needs_long_double
+@pytest.mark.parametrize("length, dim, base", [(0, 4, 10.0), (1, 2, 10000.0), (50, 6, 10000.0), (3000, 512, 500000.0)])
+def test_sinusoidal(length, dim, base):
+    out = positions.sinusoidal(length, dim, base=base)
+    wide = np.longdouble
+    angles = np.arange(length).astype(wide)[:, None] * wide(base) ** (-2 * np.arange(dim // 2).astype(wide) / dim)
+    error = 2.0**-25 + 4 * 2.0**-52 * angles.astype(F64) + 2.0**-52  # as of a table of rotary
+    assert out.dtype == F32 and out.shape == (length, dim)
+    assert (abs(out[:, ::2] - np.sin(angles)) <= error).all() and (abs(out[:, 1::2] - np.cos(angles)) <= error).all()
+    double = positions.sinusoidal(length, dim, base=base, dtype="float64")
+    assert double.dtype == F64
+    np.testing.assert_array_equal(double.astype(F32), out)
+    error -= 2.0**-25 - 2.0**-54
+    assert (abs(double[:, ::2] - np.sin(angles)) <= error).all()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sinusoidal_2d(normalize):
+    """Each pixel's features by DETR's formulas."""
+    H, W, dim, base = 5, 3, 8, 10000.0
+    out = positions.sinusoidal_2d(H, W, dim, base=base, normalize=normalize)
+    double = positions.sinusoidal_2d(H, W, dim, base=base, normalize=normalize, dtype=F64)
+    assert out.dtype == F32 and double.dtype == F64 and out.shape == double.shape == (H, W, dim)
+    for y in range(H):
+        for x in range(W):
+            of = (y + 1, H), (x + 1, W)
+            row, column = (p / (n + 1e-6) * 2 * np.pi if normalize else p for p, n in of)
+            expected = [f(p / base ** (2 * (i // 2) / (dim // 2)))
+                        for p in (row, column) for i, f in enumerate((np.sin, np.cos) * (dim // 4))]
+            np.testing.assert_allclose(out[y, x], expected, rtol=0, atol=2.0**-25 + 2.0**-47)
+            np.testing.assert_allclose(double[y, x], expected, rtol=0, atol=2.0**-47)
+    assert positions.sinusoidal_2d(0, 3, 4).shape == (0, 3, 4)
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda: positions.sinusoidal(3, 5), ValueError, "dim must be a multiple of 2, got 5"),
+    (lambda: positions.sinusoidal(-1, 4), ValueError, "length must be at least 0, got -1"),
+    (lambda: positions.sinusoidal(3, 4, base=0), ValueError, "base must be positive and finite, got 0"),
+    (lambda: positions.sinusoidal(3, 4, dtype=int), TypeError, "dtype must be float32 or float64, got int64"),
+    (lambda: positions.sinusoidal_2d(3, 3, 6), ValueError, "dim must be a multiple of 4, got 6"),
+    (lambda: positions.sinusoidal_2d(3, 2.0, 8), TypeError, "width must be an integer, got float"),
+    (lambda: positions.sinusoidal_2d(3, 3, 8, normalize=1), TypeError, "normalize must be a bool, got int"),
+])
+def test_bad_sizes(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert caught.type is error and re.fullmatch(message, str(caught.value)), str(caught.value)
+
+
 def test_docstrings():
     failed, attempted = doctest.testmod(positions)
     assert attempted and not failed

@@ -45,6 +45,42 @@ def test_linear_attention_returns_what_is_asked_for() -> None:
         fa.linear_attention(x, x, x, feature_map="exp")  # type: ignore[call-overload]
 
 
+def test_linear_returns_the_dtype_of_x() -> None:
+    x: F32 = np.ones((1, 2, 4), np.float32)
+    packed = fa.pack_weight(np.ones((3, 4), np.float32), "bfloat16")
+    assert_type(packed, fa.PackedWeight)
+    assert_type(packed.shape, tuple[int, int])
+    assert_type(fa.linear(x, packed, activation="gelu_tanh"), F32)
+    assert_type(fa.reference.linear(x, fa.reference.pack_weight(x[0]), out=np.empty((1, 2, 2), np.float32)), F32)
+    assert_type(fa.linear([[1.0]], [[1.0]], num_threads=np.int64(1)), NDArray[Any])
+    with pytest.raises(ValueError):
+        fa.linear(x, packed, activation="tanh")  # type: ignore[call-overload]
+    with pytest.raises(ValueError):
+        fa.pack_weight(x[0], "int8")  # type: ignore[arg-type]
+
+
+def test_layers() -> None:
+    x: F32 = np.ones((1, 2, 4), np.float32)
+    layer = fa.nn.MultiheadAttention(4, 2, batch_first=True, seed=0)
+    assert_type(layer(x, x, x), tuple[NDArray[Any], NDArray[Any] | None])
+    assert_type(layer.load_state_dict(layer.state_dict()), fa.nn.Keys)
+    assert_type(layer.pack("bfloat16"), fa.nn.MultiheadAttention)
+    stack = fa.nn.TransformerEncoder(fa.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2)
+    assert_type(stack(x, cache=stack.new_cache(1, 2)), NDArray[Any])
+    with pytest.raises(ValueError):
+        layer.pack("int8")  # type: ignore[arg-type]
+    assert_type(layer(x, x, x, scale=1.0, window=2), tuple[NDArray[Any], NDArray[Any] | None])
+    found = fa.nn.DETR(2, 3, 2, 4, 2, 1, 1, 8)(np.ones((1, 2, 3, 3), np.float32), return_weights=True)
+    assert_type(found, fa.nn.Detections)
+    assert_type(found.boxes, NDArray[Any])
+    translator = fa.nn.RecurrentEncoderDecoder(5, 6, 4, "general")
+    assert_type(translator.encode([[1, 2]]), fa.nn.RecurrentState)
+    assert_type(translator.step([1], translator.encode([[1, 2]]))[0], NDArray[Any])
+    with pytest.raises(ValueError):
+        fa.nn.RecurrentEncoderDecoder(5, 6, 4, "product")  # type: ignore[arg-type]
+    assert_type(fa.nn.quick_gelu(x), NDArray[Any])
+
+
 def test_masks() -> None:
     x: F32 = np.ones((1, 4, 4), np.float32)
     mask = fa.masks.causal() & ~fa.masks.window(2, None) | fa.masks.documents([0, 0, 1, 1])

@@ -20,8 +20,9 @@ NAN, INF = np.nan, np.inf
 F32, F64 = np.float32, np.float64
 H, Hkv, D, Dv = 4, 2, 12, 10
 
-# Around the 64 rows and 96 keys of a tile; L < S, L > S, without rows, without keys, without both.
-MIXED = [(5, 7), (0, 3), (1, 1), (64, 97), (3, 0), (65, 65), (0, 0), (130, 33), (33, 200)]
+# Around the 64 rows and 96 keys of a tile; L < S, L > S, without rows, without keys, without both. 1 and 2 rows are few
+# with every vector, 3 to 5 with some.
+MIXED = [(5, 7), (0, 3), (1, 1), (64, 97), (3, 0), (65, 65), (0, 0), (130, 33), (33, 200), (2, 150), (4, 2)]
 
 both_dtypes = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
 

@@ -1,4 +1,4 @@
-"""A recording to text by a real speech encoder-decoder (Moonshine tiny) in NumPy around fastattn and its cache.
+"""A recording to text by a real speech encoder-decoder (Moonshine tiny), by fastattn's layers, attention and cache.
 
 The recording and the tokenizer come from the installed package ``useful-moonshine-onnx``. The weights are initialisers
 of the ONNX graphs in the npm package ``@moonshine-ai/moonshine-js``, which ``npm pack`` fetches once, into the user's
@@ -34,7 +34,8 @@ from typing import NamedTuple
 import numpy as np
 
 import fastattn
-from fastattn.demos.sentences import gelu
+from fastattn import linear, pack_weight
+from fastattn.layer import normalise
 
 NPM_PACKAGE, NPM_VERSION = "@moonshine-ai/moonshine-js", "0.1.29"
 GRAPHS = ("encoder_model", "decoder_model_merged")
@@ -139,21 +140,13 @@ class Race:
 
 def norm(x, weight):
     """The rows of x (N, W) with mean 0 and variance 1, times weight."""
-    x = x - x.mean(axis=1, keepdims=True)
-    x /= np.sqrt(np.square(x).mean(axis=1, keepdims=True) + np.float32(1e-5))
-    x *= weight
-    return x
+    return normalise(x, weight, None, 1e-5, True)[0]
 
 
-def silu(x):
-    """x / (1 + exp(−x)); what exp(80) stands in for lies within 1e-30 of 0, and nothing overflows."""
-    return x / (1 + np.exp(np.minimum(-x, 80)))
-
-
-def convolve(x, weight, stride):
-    """out[i, o] = Σ_ck weight[o, c, k] · x[i·stride + k, c] for x (N, C) and weight (O, C, K), without padding."""
+def convolve(x, weight, stride, bias=None, activation=None):
+    """activation(Σ_ck weight[o, c, k] · x[i·stride + k, c] + bias[o]), (N', O), for x (N, C), weight (O, C, K)."""
     windows = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2], axis=0)[::stride]
-    return windows.reshape(len(windows), -1) @ weight.reshape(len(weight), -1).T
+    return linear(windows.reshape(len(windows), -1), weight.reshape(len(weight), -1), bias, activation)
 
 
 class Transcript(NamedTuple):
@@ -170,30 +163,34 @@ class Speech:
         def pick(prefix, *names):
             return [weights[prefix + name] for name in names]
 
-        def side_by_side(prefix, *names):  # one product for several
-            return np.concatenate([weights[f"{prefix}{name}.MatMul"] for name in names], axis=1)
+        def product(prefix, *names):  # one for several
+            return pack_weight(np.concatenate([weights[f"{prefix}{name}.MatMul"].T for name in names]))
 
         qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.convolutions = pick("", "conv1.weight", "conv2.weight", "conv2.bias", "conv3.weight", "conv3.bias")
         self.group_norm = [weights[f"groupnorm.{name}"].ravel() for name in ("Mul", "Add")]
         self.encoder = []
         for prefix in (f"layers.{i}." for i in range(LAYERS)):
-            attention = pick(prefix, "self_attn.dense.MatMul", "input_layernorm.weight")
-            mlp = ("post_attention_layernorm.weight", "mlp.fc1.MatMul", "mlp.fc1.bias")
-            mlp += ("mlp.fc2.MatMul", "mlp.fc2.bias")
-            self.encoder.append((side_by_side(prefix, *qkv), *attention, *pick(prefix, *mlp)))
+            norms = pick(prefix, "input_layernorm.weight", "post_attention_layernorm.weight")
+            products = product(prefix, *qkv), product(prefix, "self_attn.dense")
+            up, down = ((product(prefix, name), weights[f"{prefix}{name}.bias"]) for name in ("mlp.fc1", "mlp.fc2"))
+            self.encoder.append((*products, *norms, *up, *down))
         self.encoder_norm = weights["layer_norm.weight"]
 
         self.embedding, self.decoder_norm = pick("model.decoder.", "embed_tokens.weight", "norm.weight")
+        self.logits = pack_weight(self.embedding)
         self.decoder = []
         for prefix in (f"model.decoder.layers.{i}." for i in range(LAYERS)):
-            own = pick(prefix, "self_attn.dense.MatMul", "input_layernorm.weight")
-            cross = ("encoder_attn.q_proj.MatMul", "encoder_attn.dense.MatMul", "post_attention_layernorm.weight")
-            mlp = ("final_layernorm.weight", "mlp.up_proj.MatMul", "mlp.up_proj.bias")
-            mlp += ("mlp.down_proj.MatMul", "mlp.down_proj.bias")
-            self.decoder.append((side_by_side(prefix, *qkv), *own, *pick(prefix, *cross, *mlp)))
+            own = product(prefix, *qkv), product(prefix, "self_attn.dense"), weights[f"{prefix}input_layernorm.weight"]
+            cross = product(prefix, "encoder_attn.q_proj"), product(prefix, "encoder_attn.dense")
+            norms = pick(prefix, "post_attention_layernorm.weight", "final_layernorm.weight")
+            halves = zip(np.split(weights[f"{prefix}mlp.up_proj.MatMul"].T, 2),
+                         np.split(weights[f"{prefix}mlp.up_proj.bias"], 2))
+            up, gate = ((pack_weight(weight), bias) for weight, bias in halves)
+            down = product(prefix, "mlp.down_proj"), weights[f"{prefix}mlp.down_proj.bias"]
+            self.decoder.append((*own, *cross, *norms, up, gate, down))
         key_value = [f"{i}.encoder_attn.{name}_proj" for name in "kv" for i in range(LAYERS)]
-        self.key_value = side_by_side("model.decoder.layers.", *key_value)
+        self.key_value = product("model.decoder.layers.", *key_value)
 
     def listen(self, samples, attention):
         """`attention(frames, tokens)` with its cache of frames filled by what the encoder makes of `samples` (T,)."""
@@ -201,17 +198,17 @@ class Speech:
         x = np.tanh(convolve(samples[:, np.newaxis], w_1, 64))
         x -= x.mean()
         x /= np.sqrt(np.square(x).mean() + np.float32(1e-5))
-        x = gelu(convolve(x * self.group_norm[0] + self.group_norm[1], w_2, 3) + b_2)
-        x = gelu(convolve(x, w_3, 2) + b_3)
+        x = convolve(x * self.group_norm[0] + self.group_norm[1], w_2, 3, b_2, "gelu")
+        x = convolve(x, w_3, 2, b_3, "gelu")
         S = len(x)
         attention = attention(S, token_limit(samples))
         for w_qkv, w_out, norm_1, norm_2, w_up, b_up, w_down, b_down in self.encoder:
-            query, key, value = heads(norm(x, norm_1) @ w_qkv, 3)
+            query, key, value = heads(linear(norm(x, norm_1), w_qkv), 3)
             context = np.empty((1, S, HEADS, SIZE), np.float32)
             attention.among_frames(query, key, value, context.swapaxes(1, 2))
-            x += context.reshape(S, -1) @ w_out
-            x += gelu(norm(x, norm_2) @ w_up + b_up) @ w_down + b_down
-        every_layer = heads(norm(x, self.encoder_norm) @ self.key_value, 2 * LAYERS)[:, 0]
+            x += linear(context.reshape(S, -1), w_out)
+            x += linear(linear(norm(x, norm_2), w_up, b_up, "gelu"), w_down, b_down)
+        every_layer = heads(linear(norm(x, self.encoder_norm), self.key_value), 2 * LAYERS)[:, 0]
         attention.remember_frames(*np.split(every_layer, 2))
         return attention
 
@@ -220,14 +217,14 @@ class Speech:
         L = len(tokens)
         x = self.embedding[tokens]
         for i, layer in enumerate(self.decoder):
-            w_qkv, w_out, norm_1, w_query, w_cross, norm_2, norm_3, w_up, b_up, w_down, b_down = layer
-            context = attention.among_tokens(i, *heads(norm(x, norm_1) @ w_qkv, 3))
-            x += context.swapaxes(1, 2).reshape(L, -1) @ w_out
-            context = attention.to_frames(i, *heads(norm(x, norm_2) @ w_query, 1))
-            x += context.swapaxes(1, 2).reshape(L, -1) @ w_cross
-            up, gate = np.split(norm(x, norm_3) @ w_up + b_up, 2, axis=1)
-            x += (silu(gate) * up) @ w_down + b_down
-        return norm(x, self.decoder_norm) @ self.embedding.T
+            w_qkv, w_out, norm_1, w_query, w_cross, norm_2, norm_3, up, gate, down = layer
+            context = attention.among_tokens(i, *heads(linear(norm(x, norm_1), w_qkv), 3))
+            x += linear(context.swapaxes(1, 2).reshape(L, -1), w_out)
+            context = attention.to_frames(i, *heads(linear(norm(x, norm_2), w_query), 1))
+            x += linear(context.swapaxes(1, 2).reshape(L, -1), w_cross)
+            y = norm(x, norm_3)
+            x += linear(linear(y, *gate, "silu") * linear(y, *up), *down)
+        return linear(norm(x, self.decoder_norm), self.logits)
 
     def transcribe(self, samples, attention=FastAttention):
         """The :class:`Transcript` of `samples` (T,) float32 in [−1, 1], with what `attention(frames, tokens)` makes."""

@@ -157,6 +157,27 @@ cdef extern from "fastattn.h" nogil:
         const void* begin
         void* end
         void* sums
+    enum: FASTATTN_IDENTITY
+    enum: FASTATTN_RELU_LAYER
+    enum: FASTATTN_GELU
+    enum: FASTATTN_GELU_TANH
+    enum: FASTATTN_SILU
+    ctypedef struct fastattn_layer:
+        int64_t M, N, K
+        fastattn_array x, out
+        const void* panels
+        int32_t kind
+        const void* bias
+        int32_t activation
+        int64_t row_blocks, column_blocks
+    enum: FASTATTN_NORM_ROWS
+    ctypedef struct fastattn_norm:
+        int64_t M, N
+        fastattn_array x, add, sum, out
+        const void* weight
+        const void* bias
+        double eps
+        int32_t centre
     ctypedef struct fastattn_kernel:
         int32_t abi, bits
         int64_t lanes, vector
@@ -169,6 +190,12 @@ cdef extern from "fastattn.h" nogil:
         void (*graph)(const fastattn_graph*, int64_t, void*) noexcept nogil
         size_t (*linear_scratch)(const fastattn_linear*) noexcept nogil
         void (*linear)(const fastattn_linear*, int64_t, void*) noexcept nogil
+        void (*pack)(const fastattn_array*, int64_t, int64_t, int32_t, void*, void*) noexcept nogil
+        int64_t (*layer_tasks)(fastattn_layer*, int64_t) noexcept nogil
+        size_t (*layer_scratch)(const fastattn_layer*) noexcept nogil
+        void (*layer)(const fastattn_layer*, int64_t, void*) noexcept nogil
+        size_t (*norm_scratch)(const fastattn_norm*) noexcept nogil
+        void (*norm)(const fastattn_norm*, int64_t, void*) noexcept nogil
         void (*exp2)(const void*, void*, int64_t) noexcept nogil
         void (*tanh)(const void*, void*, int64_t) noexcept nogil
         double (*peak)(int64_t) noexcept nogil

@@ -9,7 +9,6 @@
 # that holds them. few.pxi: a block of keys, and the task around it.
 
 cdef enum:
-    FEW = 40                # rows of a head up to which they go this way; 32 where LANES are no more
     SPLIT = 22*96           # keys of a task: fixed, so that no bit depends on the number of threads
     TOGETHER = 8            # groups of heads that a task takes where memory has their keys side by side
     STEP = 32               # values that all rows go through before the next ones
@@ -45,6 +44,16 @@ cdef struct Late:           # values of the block before that are still to be ad
     const Source* values
     int side                # which half of what is double the present block takes
     Operands of[2]
+
+
+cdef inline int64_t few_rows(const fastattn_problem* p) noexcept nogil:
+    # Rows of a head up to which they go this way. It is the faster one up to about here, more rows where keys come from memory,
+    # fewer where from a cache (docs/kernel.md); halves where a vector of the other way holds half the queries, or multiplies
+    # twice as much. By D alone: what else is in the call must not change a sequence's bits.
+    cdef int64_t n = 24 if p.D >= 64 else 12 if p.D >= 32 else 8
+    if VL*sizeof(real) < 64:
+        n = FEW_UNROLLED if p.D == 64 or p.D == 128 else 4
+    return n//2 if WORD == 2 or sizeof(real) == 8 else n
 
 
 cdef inline Py_ssize_t vectors_of_line(const int kind) noexcept nogil:

@@ -69,6 +69,8 @@ include "edges.pxi"
 include "graph_gradient.pxi"
 include "graph.pxi"
 include "linear.pxi"
+include "layer.pxi"
+include "norm.pxi"
 
 
 cdef double finish_row(Task* t, Py_ssize_t i) noexcept nogil:
@@ -328,6 +330,12 @@ kernel.graph_scratch = graph_scratch
 kernel.graph = run_graph
 kernel.linear_scratch = linear_scratch
 kernel.linear = run_linear
+kernel.pack = pack_panels
+kernel.layer_tasks = layer_tasks
+kernel.layer_scratch = layer_scratch
+kernel.layer = run_layer
+kernel.norm_scratch = norm_scratch
+kernel.norm = run_norm
 kernel.exp2 = exp2_array
 kernel.tanh = tanh_array
 kernel.peak = peak

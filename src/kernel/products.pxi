@@ -28,10 +28,19 @@ cdef inline vf biased(vf s, vf scale, vf b) noexcept nogil:
     return v_where_lt(b, v_set1(-REAL_MAX), v_set1(-INFINITY), v_fma(s, scale, b))
 
 
-cdef inline void store_tile(const int mr, const int nv, vf acc[16][4], real* C, Py_ssize_t ldc, How how,
-                            real scale) noexcept nogil:
+cdef inline void store_tile(const int mr, const int nv, vf acc[16][4], real* C, Py_ssize_t ldc, How how, real scale,
+                            const real* last) noexcept nogil:
+    # last: a row that is added to every row of the result (NULL: none)
     cdef int i, j
-    if how == BIAS:
+    if last != NULL and how == ADD:
+        for i in range(mr):
+            for j in range(nv):
+                v_store(C + i*ldc + j*VL, v_add(v_add(v_load(C + i*ldc + j*VL), acc[i][j]), v_load(last + j*VL)))
+    elif last != NULL:
+        for i in range(mr):
+            for j in range(nv):
+                v_store(C + i*ldc + j*VL, v_add(acc[i][j], v_load(last + j*VL)))
+    elif how == BIAS:
         for i in range(mr):
             for j in range(nv):
                 v_store(C + i*ldc + j*VL, biased(acc[i][j], v_set1(scale), v_load(C + i*ldc + j*VL)))
@@ -46,7 +55,7 @@ cdef inline void store_tile(const int mr, const int nv, vf acc[16][4], real* C, 
 
 
 cdef inline void tile_n(const int mr, const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t ldb,
-                        Py_ssize_t n, real* C, Py_ssize_t ldc, How how, real scale) noexcept nogil:
+                        Py_ssize_t n, real* C, Py_ssize_t ldc, How how, real scale, const real* last) noexcept nogil:
     cdef vf acc[16][4]
     cdef vf b[4]
     cdef vf a
@@ -62,7 +71,7 @@ cdef inline void tile_n(const int mr, const int nv, const real* A, Py_ssize_t ld
             a = v_word(A + i*lda + k)
             for j in range(nv):
                 acc[i][j] = v_dot(a, b[j], acc[i][j])
-    store_tile(mr, nv, acc, C, ldc, how, scale)
+    store_tile(mr, nv, acc, C, ldc, how, scale, last)
 
 
 cdef struct Parts:          # ascending ranges of a block's keys that take part
@@ -140,42 +149,44 @@ cdef inline void fetch(const real* A, Py_ssize_t lda, Py_ssize_t n, Py_ssize_t m
 
 
 cdef inline void columns_n(const int nv, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t ldb, Py_ssize_t n,
-                           real* C, Py_ssize_t ldc, Py_ssize_t m, How how, real scale, Ahead* later) noexcept nogil:
+                           real* C, Py_ssize_t ldc, Py_ssize_t m, How how, real scale, const real* last,
+                           Ahead* later) noexcept nogil:
     # C[m, nv*VL] = A[m, n] · B[n, nv*VL]: full tiles, then what is left in tiles of 6, 4, 2 and 1 rows
     # (8 as 4 + 4: two rows alone have too few accumulators to fill the FMA units).
     while m >= rows_of(nv) and not (rows_of(nv) == 6 and m == 8):
-        fetch(A + rows_of(nv)*lda, lda, n, min(<Py_ssize_t>rows_of(nv), m - rows_of(nv)), later)
-        tile_n(rows_of(nv), nv, A, lda, B, ldb, n, C, ldc, how, scale)
+        if later != NULL:
+            fetch(A + rows_of(nv)*lda, lda, n, min(<Py_ssize_t>rows_of(nv), m - rows_of(nv)), later)
+        tile_n(rows_of(nv), nv, A, lda, B, ldb, n, C, ldc, how, scale, last)
         A += rows_of(nv)*lda
         C += rows_of(nv)*ldc
         m -= rows_of(nv)
     if rows_of(nv) > 12 and m >= 12:
-        tile_n(12, nv, A, lda, B, ldb, n, C, ldc, how, scale)
+        tile_n(12, nv, A, lda, B, ldb, n, C, ldc, how, scale, last)
         A += 12*lda
         C += 12*ldc
         m -= 12
     if rows_of(nv) > 12 and m >= 8:
-        tile_n(8, nv, A, lda, B, ldb, n, C, ldc, how, scale)
+        tile_n(8, nv, A, lda, B, ldb, n, C, ldc, how, scale, last)
         A += 8*lda
         C += 8*ldc
         m -= 8
     if rows_of(nv) > 6 and m >= 6:
-        tile_n(6, nv, A, lda, B, ldb, n, C, ldc, how, scale)
+        tile_n(6, nv, A, lda, B, ldb, n, C, ldc, how, scale, last)
         A += 6*lda
         C += 6*ldc
         m -= 6
     while rows_of(nv) > 4 and m >= 4:
-        tile_n(4, nv, A, lda, B, ldb, n, C, ldc, how, scale)
+        tile_n(4, nv, A, lda, B, ldb, n, C, ldc, how, scale, last)
         A += 4*lda
         C += 4*ldc
         m -= 4
     if rows_of(nv) > 2 and m >= 2:
-        tile_n(2, nv, A, lda, B, ldb, n, C, ldc, how, scale)
+        tile_n(2, nv, A, lda, B, ldb, n, C, ldc, how, scale, last)
         A += 2*lda
         C += 2*ldc
         m -= 2
     if m >= 1:
-        tile_n(1, nv, A, lda, B, ldb, n, C, ldc, how, scale)
+        tile_n(1, nv, A, lda, B, ldb, n, C, ldc, how, scale, last)
 
 
 cdef inline void columns_t(const int nv, const real* A, Py_ssize_t lda, const real* B, const Parts* parts, real* C,
@@ -219,16 +230,16 @@ cdef void product_n(int vectors, const real* A, Py_ssize_t lda, const real* B, P
                     Py_ssize_t m, How how, real scale, Ahead* later) noexcept nogil:
     # C[m, vectors*VL] = A[m, n] · B[n, vectors*VL], or += it
     while vectors >= GROUP:
-        columns_n(GROUP, A, lda, B, LANES, n, C, LANES, m, how, scale, later)
+        columns_n(GROUP, A, lda, B, LANES, n, C, LANES, m, how, scale, NULL, later)
         B += GROUP*VL
         C += GROUP*VL
         vectors -= GROUP
     if GROUP > 3 and vectors == 3:
-        columns_n(3, A, lda, B, LANES, n, C, LANES, m, how, scale, later)
+        columns_n(3, A, lda, B, LANES, n, C, LANES, m, how, scale, NULL, later)
     elif GROUP > 2 and vectors == 2:
-        columns_n(2, A, lda, B, LANES, n, C, LANES, m, how, scale, later)
+        columns_n(2, A, lda, B, LANES, n, C, LANES, m, how, scale, NULL, later)
     elif vectors == 1:
-        columns_n(1, A, lda, B, LANES, n, C, LANES, m, how, scale, later)
+        columns_n(1, A, lda, B, LANES, n, C, LANES, m, how, scale, NULL, later)
 
 
 cdef void product_rows(const real* A, Py_ssize_t n, const real* B, Py_ssize_t ldb, real* C, Py_ssize_t m, Py_ssize_t ldc,
@@ -236,16 +247,16 @@ cdef void product_rows(const real* A, Py_ssize_t n, const real* B, Py_ssize_t ld
     # C[m, width] += A[m, n] · B[n, width], where rows of A are LANES apart, and width is whole vectors
     cdef Py_ssize_t left = width//VL
     while left >= GROUP:
-        columns_n(GROUP, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, later)
+        columns_n(GROUP, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, NULL, later)
         B += GROUP*VL
         C += GROUP*VL
         left -= GROUP
     if GROUP > 3 and left == 3:
-        columns_n(3, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, later)
+        columns_n(3, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, NULL, later)
     elif GROUP > 2 and left == 2:
-        columns_n(2, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, later)
+        columns_n(2, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, NULL, later)
     elif left == 1:
-        columns_n(1, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, later)
+        columns_n(1, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, NULL, later)
 
 
 cdef void product_t(int vectors, const real* A, Py_ssize_t lda, const real* B, const Parts* parts, real* C,

@@ -23,6 +23,7 @@ cdef extern from "simd.h" nogil:
         SUMS
         DEPTH_WHOLE
         DEPTH
+        FEW_UNROLLED
         GROUP
         ROWS_1
         ROWS_2
@@ -78,3 +79,4 @@ cdef extern from "simd.h" nogil:
     void v_move_square_scaled(const real*, Py_ssize_t, real*, Py_ssize_t, vf)
     vf v_exp2(vf)
     vf v_tanh(vf)
+    void v_gelu(vf*, int)

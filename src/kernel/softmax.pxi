@@ -144,7 +144,7 @@ cdef inline void tile_n_weighing(const int mr, const int nv, const bint masked, 
                 for j in range(nv):
                     acc[i][j] = v_dot(a, b[j], acc[i][j])
             k += 1
-    store_tile(mr, nv, acc, C, LANES, how, scale)
+    store_tile(mr, nv, acc, C, LANES, how, scale, NULL)
 
 
 cdef bint add_sums(int vectors, const real* total, const real* c, real* l) noexcept nogil:
@@ -166,7 +166,7 @@ cdef inline void fused_columns(const int nv, const bint masked, const real* A, P
     cdef real* waiting = S
     cdef Py_ssize_t left = n_keys
     if left >= rows_of(nv):
-        tile_n(rows_of(nv), nv, A, lda, B, LANES, n, S, LANES, how, scale)
+        tile_n(rows_of(nv), nv, A, lda, B, LANES, n, S, LANES, how, scale, NULL)
         A += rows_of(nv)*lda
         S += rows_of(nv)*LANES
         left -= rows_of(nv)
@@ -179,7 +179,7 @@ cdef inline void fused_columns(const int nv, const bint masked, const real* A, P
         A += rows_of(nv)*lda
         S += rows_of(nv)*LANES
         left -= rows_of(nv)
-    columns_n(nv, A, lda, B, LANES, n, S, LANES, left, how, scale, later)
+    columns_n(nv, A, lda, B, LANES, n, S, LANES, left, how, scale, NULL, later)
     if masked:
         weigh_masked(nv, waiting, (S - waiting)//LANES + left, kappa, m, total, first, seen, shift)
     else:

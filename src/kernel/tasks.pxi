@@ -38,7 +38,7 @@ cdef inline int64_t keys_of(const fastattn_problem* p, int64_t b) noexcept nogil
 
 cdef inline bint are_few(const fastattn_problem* p, int64_t rows) noexcept nogil:
     # By the rows of the sequence alone: what else is in the call must not change its bits.
-    return 0 < rows <= (FEW if LANES > FEW else LANES) and not p.one_path and p.reduce == FASTATTN_OUTPUT and p.dropout == 0
+    return 0 < rows <= few_rows(p) and not p.one_path and p.reduce == FASTATTN_OUTPUT and p.dropout == 0
 
 
 cdef inline bint attends(const fastattn_problem* p) noexcept nogil:
