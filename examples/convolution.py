@@ -61,9 +61,10 @@ def photograph(side):
     """(side, side, 3) float64 in [0, 1]: the temple of scikit-learn's china.jpg, every so many pixels."""
     try:
         from sklearn.datasets import load_sample_image
-    except ImportError:
+
+        picture = load_sample_image("china.jpg")[:426, 100:526]
+    except ImportError:     # of scikit-learn, or of Pillow, by which it reads the picture
         return np.random.default_rng(0).random((side, side, 3))
-    picture = load_sample_image("china.jpg")[:426, 100:526]
     return picture[:: 426 // side, :: 426 // side][:side, :side] / 255
 
 
