@@ -37,9 +37,10 @@ cdef size_t layer_scratch(const fastattn_layer* p) noexcept nogil:
 
 
 cdef int64_t layer_tasks(fastattn_layer* p, int64_t threads) noexcept nogil:
-    # Blocks of rows; where they are few, their panels are shared out too: fewer if each task packs its rows again.
+    # Blocks of rows; where they are few, their panels are shared out too, so that none waits long for the last task: fewer if
+    # each task packs its rows again.
     cdef int64_t panels = (p.N + LANES - 1)//LANES
-    cdef int64_t enough = (16 if reads_rows(p) else 4)*threads
+    cdef int64_t enough = (64 if reads_rows(p) else 4)*threads
     p.row_blocks = (p.M + LAYER_ROWS - 1)//LAYER_ROWS
     p.column_blocks = 1
     if threads > 1 and p.row_blocks < enough:
@@ -144,8 +145,8 @@ cdef void finish_tile(const fastattn_layer* p, const real* C, int64_t row, Py_ss
 
 cdef void product_layer(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C, Py_ssize_t ldc,
                         Py_ssize_t m, How how, const real* last) noexcept nogil:
-    # C[m, vectors*VL] = A[m, n] · B[n, vectors*VL], or += it, + last. Nothing is fetched: A and B come from the second-level
-    # cache in an order that the CPU foresees, and instructions that ask for them took 3 % of the time.
+    # C[m, vectors*VL] = A[m, n] · B[n, vectors*VL], or += it, + last. Nothing is fetched: A and B come in an order that the CPU
+    # foresees. Instructions that ask for them took 3 % of the time of many rows, and a third of that of one.
     while vectors >= GROUP:
         columns_n(GROUP, A, lda, B, LANES, n, C, ldc, m, how, 1, last, NULL)
         B += GROUP*VL
@@ -175,7 +176,7 @@ cdef void run_panel(const fastattn_layer* p, const Layer* t, const real* x, Py_s
     cdef Py_ssize_t ldc = p.out.row if direct else LANES
     cdef const real* bias = <const real*>p.bias + panel*LANES if direct and p.bias != NULL else NULL
     cdef const char* at = <const char*>p.panels + panel*K*LANES*size
-    cdef Py_ssize_t part, k, depth, i, n, share
+    cdef Py_ssize_t part, k, depth, i, n
     cdef const real* B
     for part in range(parts):
         k = K*part//parts
@@ -188,9 +189,6 @@ cdef void run_panel(const fastattn_layer* p, const Layer* t, const real* x, Py_s
         i = 0
         while i < rows:
             n = rows - i if rows - i <= step + 2 else step          # not two rows alone: see columns_n
-            if p.row_blocks == 1:       # panels are read once, from memory or a cache that is slower
-                share = depth*LANES*size*(i + n)//rows - depth*LANES*size*i//rows
-                v_fetch_later(at + depth*LANES*size*i//rows, share)
             product_layer(vectors, x + i*ldx + k, ldx, B, depth, C + i*ldc, ldc, n, ADD if part > 0 else STORE,
                           bias if part == parts - 1 else NULL)
             if part == parts - 1 and not direct:
