@@ -45,6 +45,13 @@ cdef const real* norm_inputs(const fastattn_norm* p, int64_t row, real* scratch)
     return to
 
 
+cdef inline void fetch_row(const fastattn_norm* p, const fastattn_array* a, int64_t row) noexcept nogil:
+    # While rows are stored, so that memory has no pause: a tenth of the time where rows come from there.
+    cdef Py_ssize_t size = v_size(a.kind)
+    if a.data != NULL and a.col == 1 and row < p.M:
+        v_fetch_later(<const char*>a.data + row*a.row*size, p.N*size)
+
+
 cdef inline vf deviation(const real* s, vf mean, const bint centred) noexcept nogil:
     return v_sub(v_load(s), mean) if centred else v_load(s)
 
@@ -145,6 +152,8 @@ cdef void norm_rows(const fastattn_norm* p, int64_t row, int n, real* scratch) n
             square[i] = <real>(<double>square[i] - <double>centre[i]*centre[i])
             if square[i] < 0:           # by rounding; a NaN stays
                 square[i] = 0
+        fetch_row(p, &p.x, row + i + VL)
+        fetch_row(p, &p.add, row + i + VL)
         store_normalised(p, row + i, s[i], v_set1(mean[i]), v_set1(centre[i]), v_set1(<real>(1/sqrt(square[i] + p.eps))))
 
 
