@@ -398,9 +398,11 @@ def test_what_layers_refuse():
         with pytest.raises(error, match=re.escape(message)):
             layer(x)
     x = np.zeros((2, 8), F32)
-    for add in np.zeros((1, 8), F32), np.zeros((2, 8)), np.zeros((2, 8), F16):
-        with pytest.raises(ValueError, match="add must have x's shape"):
-            layer.of_sum(x, add)
+    with pytest.raises(ValueError, match=re.escape("add must have x's shape (2, 8), got (1, 8)")):
+        layer.of_sum(x, np.zeros((1, 8), F32))
+    for dtype in "float64", "float16":
+        with pytest.raises(TypeError, match=f"add must have x's dtype float32, got {dtype}"):
+            layer.of_sum(x, np.zeros((2, 8), dtype))
     for add in torn((2, 8)), misaligned((2, 8)):
         with pytest.raises(ValueError, match="add must have an address and strides"):
             layer.of_sum(x, add)

@@ -166,8 +166,10 @@ class _Norm(Module):
         checks._check_layout("x", x)
         if add is not None:
             add = checks._array("add", add)
-            if add.shape != x.shape or add.dtype != x.dtype:
-                raise ValueError(f"add must have x's shape {x.shape} and dtype {x.dtype}, got {add.shape}, {add.dtype}")
+            if add.dtype != x.dtype:
+                raise TypeError(f"add must have x's dtype {x.dtype}, got {add.dtype}")
+            if add.shape != x.shape:
+                raise ValueError(f"add must have x's shape {x.shape}, got {add.shape}")
             checks._check_layout("add", add)
         flat = (*x.shape[: x.ndim - n], math.prod(self.normalized_shape))
         weight, bias = (None if w is None else w.reshape(-1) for w in (self.weight, self.bias))

@@ -147,18 +147,7 @@ cdef void product_layer(int vectors, const real* A, Py_ssize_t lda, const real* 
                         Py_ssize_t m, How how, const real* last) noexcept nogil:
     # C[m, vectors*VL] = A[m, n] · B[n, vectors*VL], or += it, + last. Nothing is fetched: A and B come in an order that the CPU
     # foresees. Instructions that ask for them took 3 % of the time of many rows, and a third of that of one.
-    while vectors >= GROUP:
-        columns_n(GROUP, A, lda, B, LANES, n, C, ldc, m, how, 1, last, NULL)
-        B += GROUP*VL
-        C += GROUP*VL
-        last += GROUP*VL if last != NULL else 0
-        vectors -= GROUP
-    if GROUP > 3 and vectors == 3:
-        columns_n(3, A, lda, B, LANES, n, C, ldc, m, how, 1, last, NULL)
-    elif GROUP > 2 and vectors == 2:
-        columns_n(2, A, lda, B, LANES, n, C, ldc, m, how, 1, last, NULL)
-    elif vectors == 1:
-        columns_n(1, A, lda, B, LANES, n, C, ldc, m, how, 1, last, NULL)
+    groups_n(vectors, A, lda, B, LANES, n, C, ldc, m, how, 1, last, NULL)
 
 
 cdef void run_panel(const fastattn_layer* p, const Layer* t, const real* x, Py_ssize_t ldx, int64_t row, Py_ssize_t rows,
