@@ -301,7 +301,7 @@ cdef void segment(Task* t, int first, int vectors, Operands* of, int64_t block, 
             of.poisoned = pack_values(t, block, n, True, of.clean)
         if t.p.dropout != 0:
             drop_weights(t, first, vectors, block, parts)
-        product_t(vectors, of.v, of.v_row, t.S + lane, parts, t.Ot + lane, t.p.Dv, t.c + lane)
+        product_t(vectors, of.v, of.v_row, t.S + lane, parts, t.Ot + lane, t.p.Dv, t.c + lane, &t.later.keys)
     if of.poisoned:
         add_poisoned(t, first, vectors, block, parts, masked)
 
@@ -410,10 +410,15 @@ cdef void key_block(Task* t, int64_t block, int64_t end) noexcept nogil:
     cdef int first
     cdef Py_ssize_t j
     t.later.n = 0
+    t.later.keys.left = 0
     if t.cold and p.value.col == 1 and p.pages == NULL:
         expect(&t.later.rows[0], t.v + block*p.value.row*v_size(p.value.kind), p.value.row*v_size(p.value.kind), n,
                p.Dv*v_size(p.value.kind))
         t.later.n = 1
+    if (t.cold and bytes_of_keys(p) > FAR_BYTES and p.key.col == 1 and p.pages == NULL and p.tiles.first == NULL
+            and end < t.end):
+        expect(&t.later.keys, t.k + end*p.key.row*v_size(p.key.kind), p.key.row*v_size(p.key.kind),
+               min(t.end - end, <int64_t>BLOCK), p.D*v_size(p.key.kind))
     expect_masks(t, end, min(t.end, end + BLOCK))
     if how_much == NOTHING:
         return

@@ -330,7 +330,7 @@ cdef void gradient_segment(Task* t, int first, int vectors, const Operands* of, 
     if careful:
         sum_seen_keys(of.k, of.k_row, back.dS + lane, words, lane, vectors, parts, back.dQt + lane, p.D)
     else:
-        product_t(vectors, of.k, of.k_row, back.dS + lane, parts, back.dQt + lane, p.D, back.ones + lane)
+        product_t(vectors, of.k, of.k_row, back.dS + lane, parts, back.dQt + lane, p.D, back.ones + lane, NULL)
 
 
 # --- one block of queries against a chunk, and a task ----------------------------------------------------------------

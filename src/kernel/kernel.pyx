@@ -42,6 +42,7 @@ cdef enum:
     HEADROOM = 10           # a maximum may exceed the reference of the exponential by this power of two
     CHAINS = 8              # interleaved sums of a block's weights; BLOCK is even, so pairs of keys do not straddle blocks
     WASTE = 24              # vector x key products a wider segment may waste: narrow ones run at 0.8 of the speed
+    FAR_BYTES = 4194304     # of keys and values that are not in a core's caches
     PACKED_BYTES = 262144   # that keys and values of a block may take together where they are packed
     NARROW = 3              # pairs of keys between two parts of a block that are multiplied rather than skipped
     POLL_EVERY = 8          # blocks of keys between two looks at `stop`

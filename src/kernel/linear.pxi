@@ -177,7 +177,7 @@ cdef void times_slope(const Linear* t, bint of_query, int vectors) noexcept nogi
         for d in range(t.D):
             at = d*LANES + g*VL
             v_store(Y + at, v_zero() if of_query else v_mul(v_load(Y + at), total))
-    product_t(vectors, <const real*>p.projection, t.D, t.Et, all_of(t, t.F), Y, t.D, t.ones)
+    product_t(vectors, <const real*>p.projection, t.D, t.Et, all_of(t, t.F), Y, t.D, t.ones, NULL)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -330,13 +330,13 @@ cdef void within(Linear* t, Py_ssize_t n, int all_vectors) noexcept nogil:
             for k in range(begin, end):
                 memset(t.S + k*LANES + lane, 0, vectors*VL*sizeof(real))
             product_t(vectors, t.Bt + begin, LANES, t.At + lane, all_of(t, t.F), t.S + begin*LANES + lane, end - begin,
-                      t.ones)
+                      t.ones, NULL)
             hide(t, max(begin, lane), min(end, lane + HALF), lane, vectors)
             if t.careful:
                 add_careful(t, t.rows, t.ld, 1, begin, end, lane, vectors, t.Ot, t.p.Dv)
             else:
                 product_t(vectors, t.rows + begin*t.ld, t.ld, t.S + begin*LANES + lane, all_of(t, end - begin), t.Ot + lane,
-                          t.p.Dv, t.ones)
+                          t.p.Dv, t.ones, NULL)
             if not t.features:
                 add_weighted(HALF//VL, t, t.ones, 0, t.S + begin*LANES + lane, end - begin, lane)
         if t.features:
@@ -408,7 +408,7 @@ cdef void end_lanes(Linear* t, int64_t h, int64_t first, Py_ssize_t n, const rea
     cdef real* kept
     cdef Py_ssize_t i
     if t.values:
-        product_t(vectors, state, t.W, t.At, all_of(t, t.F), t.Ot, p.Dv, t.ones)
+        product_t(vectors, state, t.W, t.At, all_of(t, t.F), t.Ot, p.Dv, t.ones, NULL)
     if t.features:
         product_n(vectors, state, t.W, t.Vt, t.N, t.Et, t.F, ADD, 1, &t.later)
     if p.mode == FASTATTN_LINEAR_OUTPUT:

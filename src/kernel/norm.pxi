@@ -56,9 +56,8 @@ cdef inline vf deviation(const real* s, vf mean, const bint centred) noexcept no
     return v_sub(v_load(s), mean) if centred else v_load(s)
 
 
-cdef inline Sums sum_norm_row(const real* s, Py_ssize_t N, real mean, const bint centred, const bint both,
-                              const bint squares) noexcept nogil:
-    # The sums of d = s - mean and of d², or one of them. Two chains, as an addition takes a few cycles.
+cdef inline Sums sum_norm_row(const real* s, Py_ssize_t N, real mean, const bint centred, const bint squares) noexcept nogil:
+    # The sums of d = s - mean and of d²; where nothing is subtracted one of them. Two chains: an addition takes a few cycles.
     cdef Sums t
     cdef real m[VL]
     cdef vf mean_v = v_set1(mean)
@@ -73,10 +72,10 @@ cdef inline Sums sum_norm_row(const real* s, Py_ssize_t N, real mean, const bint
         while d + 2*VL <= end:
             x = deviation(s + d, mean_v, centred)
             y = deviation(s + d + VL, mean_v, centred)
-            if both or not squares:
+            if centred or not squares:
                 a = v_add(a, x)
                 b = v_add(b, y)
-            if both or squares:
+            if centred or squares:
                 aa = v_fma(x, x, aa)
                 bb = v_fma(y, y, bb)
             d += 2*VL
@@ -136,13 +135,13 @@ cdef void norm_rows(const fastattn_norm* p, int64_t row, int n, real* scratch) n
     for i in range(n):
         s[i] = norm_inputs(p, row + i, scratch + i*whole(p.N))
         if p.centre:
-            sums[i] = sum_norm_row(s[i], p.N, 0, False, False, False).total
+            sums[i] = sum_norm_row(s[i], p.N, 0, False, False).total
         else:
-            squares[i] = sum_norm_row(s[i], p.N, 0, False, False, True).total_2
+            squares[i] = sum_norm_row(s[i], p.N, 0, False, True).total_2
     if p.centre:
         v_store(mean, v_div(v_sums(sums), v_set1(<real>p.N)))
         for i in range(n):
-            t = sum_norm_row(s[i], p.N, mean[i], True, True, True)
+            t = sum_norm_row(s[i], p.N, mean[i], True, True)
             sums[i] = t.total
             squares[i] = t.total_2
         v_store(centre, v_div(v_sums(sums), v_set1(<real>p.N)))

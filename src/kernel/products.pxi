@@ -120,6 +120,7 @@ cdef struct Rows:           # rows that will be read later: values, bias, mask
 cdef struct Ahead:
     Rows rows[3]            # for the next stage of this task, together
     int n
+    Rows keys               # of the next block, while the values of this one are multiplied
     Rows next[8]            # for the next task, one after the other
     int at, n_next
     int pace                # rows of these for each row of the others
@@ -134,17 +135,17 @@ cdef inline void fetch_rows(Rows* rows, Py_ssize_t m) noexcept nogil:
     rows.left -= m
 
 
-cdef inline void fetch(const real* A, Py_ssize_t lda, Py_ssize_t n, Py_ssize_t m, Ahead* later) noexcept nogil:
-    # While a tile is multiplied: the m rows of A of the next one, and as many rows of each array that comes later. All at
-    # once would fill the queue of misses and stop the loads of the product.
+cdef inline void fetch(const int mr, const real* A, Py_ssize_t lda, Py_ssize_t n, Py_ssize_t m, Ahead* later) noexcept nogil:
+    # While a tile of mr rows is multiplied: those of A of the next one, where m are left, and as many rows of each array that
+    # comes later. All at once would fill the queue of misses and stop the loads of the product.
     cdef Py_ssize_t i
     cdef int a
-    for i in range(m):
+    for i in range(min(<Py_ssize_t>mr, m)):
         v_fetch_soon(<const char*>(A + i*lda), n*sizeof(real))
     for a in range(later.n):
-        fetch_rows(&later.rows[a], m)
+        fetch_rows(&later.rows[a], mr)
     if later.at < later.n_next:
-        fetch_rows(&later.next[later.at], later.pace*m)
+        fetch_rows(&later.next[later.at], later.pace*mr)
         later.at += later.next[later.at].left == 0
 
 
@@ -155,7 +156,7 @@ cdef inline void columns_n(const int nv, const real* A, Py_ssize_t lda, const re
     # (8 as 4 + 4: two rows alone have too few accumulators to fill the FMA units).
     while m >= rows_of(nv) and not (rows_of(nv) == 6 and m == 8):
         if later != NULL:
-            fetch(A + rows_of(nv)*lda, lda, n, min(<Py_ssize_t>rows_of(nv), m - rows_of(nv)), later)
+            fetch(rows_of(nv), A + rows_of(nv)*lda, lda, n, m - rows_of(nv), later)
         tile_n(rows_of(nv), nv, A, lda, B, ldb, n, C, ldc, how, scale, last)
         A += rows_of(nv)*lda
         C += rows_of(nv)*ldc
@@ -190,9 +191,12 @@ cdef inline void columns_n(const int nv, const real* A, Py_ssize_t lda, const re
 
 
 cdef inline void columns_t(const int nv, const real* A, Py_ssize_t lda, const real* B, const Parts* parts, real* C,
-                           Py_ssize_t m, const real* c) noexcept nogil:
+                           Py_ssize_t m, const real* c, Rows* later) noexcept nogil:
     # C[m, nv*VL] = C c + A[n, m]ᵀ · B[n, nv*VL], over the rows that take part
+    cdef Py_ssize_t pace = later.left*rows_of(nv)//max(m, <Py_ssize_t>1) + 1 if later != NULL else 0
     while m >= rows_of(nv) and not (rows_of(nv) == 6 and m == 8):
+        if later != NULL:
+            fetch_rows(later, pace)
         tile_t(rows_of(nv), nv, A, lda, B, parts, C, c)
         A += rows_of(nv)
         C += rows_of(nv)*LANES
@@ -256,17 +260,17 @@ cdef void product_rows(const real* A, Py_ssize_t n, const real* B, Py_ssize_t ld
 
 
 cdef void product_t(int vectors, const real* A, Py_ssize_t lda, const real* B, const Parts* parts, real* C,
-                    Py_ssize_t m, const real* c) noexcept nogil:
+                    Py_ssize_t m, const real* c, Rows* later) noexcept nogil:
     # C[m, vectors*VL] = C c + A[n, m]ᵀ · B[n, vectors*VL]
     while vectors >= GROUP:
-        columns_t(GROUP, A, lda, B, parts, C, m, c)
+        columns_t(GROUP, A, lda, B, parts, C, m, c, later)
         B += GROUP*VL
         C += GROUP*VL
         c += GROUP*VL
         vectors -= GROUP
     if GROUP > 3 and vectors == 3:
-        columns_t(3, A, lda, B, parts, C, m, c)
+        columns_t(3, A, lda, B, parts, C, m, c, later)
     elif GROUP > 2 and vectors == 2:
-        columns_t(2, A, lda, B, parts, C, m, c)
+        columns_t(2, A, lda, B, parts, C, m, c, later)
     elif vectors == 1:
-        columns_t(1, A, lda, B, parts, C, m, c)
+        columns_t(1, A, lda, B, parts, C, m, c, later)

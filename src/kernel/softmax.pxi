@@ -166,12 +166,13 @@ cdef inline void fused_columns(const int nv, const bint masked, const real* A, P
     cdef real* waiting = S
     cdef Py_ssize_t left = n_keys
     if left >= rows_of(nv):
+        fetch(rows_of(nv), A + rows_of(nv)*lda, lda, n, left - rows_of(nv), later)
         tile_n(rows_of(nv), nv, A, lda, B, LANES, n, S, LANES, how, scale, NULL)
         A += rows_of(nv)*lda
         S += rows_of(nv)*LANES
         left -= rows_of(nv)
     while left >= rows_of(nv):
-        fetch(A + rows_of(nv)*lda, lda, n, min(<Py_ssize_t>rows_of(nv), left - rows_of(nv)), later)
+        fetch(rows_of(nv), A + rows_of(nv)*lda, lda, n, left - rows_of(nv), later)
         tile_n_weighing(rows_of(nv), nv, masked, A, lda, B, n, S, how, scale, waiting, kappa, m, total, first, seen, shift)
         waiting = S
         first += rows_of(nv)

@@ -36,6 +36,12 @@ cdef inline int64_t keys_of(const fastattn_problem* p, int64_t b) noexcept nogil
     return p.kv_lengths[b] if p.kv_lengths != NULL else rows_of_batch(p.cu_k, b, p.S)
 
 
+cdef inline int64_t bytes_of_keys(const fastattn_problem* p) noexcept nogil:
+    # and values, of all batches
+    cdef int64_t rows = p.cu_k[p.B] if p.cu_k != NULL else p.B*p.S
+    return rows*p.Hkv*(p.D*v_size(p.key.kind) + p.Dv*v_size(p.value.kind))
+
+
 cdef inline bint are_few(const fastattn_problem* p, int64_t rows) noexcept nogil:
     # By the rows of the sequence alone: what else is in the call must not change its bits.
     return 0 < rows <= few_rows(p) and not p.one_path and p.reduce == FASTATTN_OUTPUT and p.dropout == 0
