@@ -3,7 +3,7 @@
 #     W [N][K]  ──▶  panels [N/LANES][K][LANES]                  pack_panels; pairs: words of two bfloat16, [K/2][LANES]
 #
 #                      panel: K │ LANES │    in even parts of at most INNER of K: each is summed from zero, in registers
-#     x: LAYER_ROWS │ K │   out │ LANES │    + b with the last part; what has an activation goes by way of C, a tile at a time
+#     x: LAYER_ROWS │ K │   out │ LANES │    + b with the last part; what has an activation goes by way of C
 #
 # A task is a block of rows and a run of panels. An element's sum has one order, whatever else is in the call.
 # x is read in place where its rows are reals that lie together; else a block of them is packed. Where products take pairs
@@ -145,15 +145,29 @@ cdef void finish_tile(const fastattn_layer* p, const real* C, int64_t row, Py_ss
 
 cdef void product_layer(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C, Py_ssize_t ldc,
                         Py_ssize_t m, How how, const real* last) noexcept nogil:
-    # C[m, vectors*VL] = A[m, n] · B[n, vectors*VL], or += it, + last. Nothing is fetched: A and B come in an order that the CPU
-    # foresees. Instructions that ask for them took 3 % of the time of many rows, and a third of that of one.
-    groups_n(vectors, A, lda, B, LANES, n, C, ldc, m, how, 1, last, NULL)
+    # C[m, vectors*VL] = A[m, n] · B[n, vectors*VL], or += it, + last. Tall tiles, two vectors at a time: B lies in the second
+    # level of the cache, and they read it half as often. The first rows go in wide ones, which ask for more of B at once: it
+    # comes from further away then. So do all rows where they are few, or where those of A meet in one set of the first level.
+    if m < LAYER_ROWS//2 or lda*sizeof(real) % 4096 == 0:
+        groups_n(vectors, A, lda, B, LANES, n, C, ldc, m, how, 1, last, NULL)
+        return
+    groups_n(vectors, A, lda, B, LANES, n, C, ldc, rows_of(2), how, 1, last, NULL)
+    A += rows_of(2)*lda
+    C += rows_of(2)*ldc
+    m -= rows_of(2)
+    while vectors >= 2:
+        columns_n(2, A, lda, B, LANES, n, C, ldc, m, how, 1, last, NULL)
+        B += 2*VL
+        C += 2*VL
+        last += 2*VL if last != NULL else 0
+        vectors -= 2
+    if vectors == 1:
+        columns_n(1, A, lda, B, LANES, n, C, ldc, m, how, 1, last, NULL)
 
 
 cdef void run_panel(const fastattn_layer* p, const Layer* t, const real* x, Py_ssize_t ldx, int64_t row, Py_ssize_t rows,
                     int64_t panel) noexcept nogil:
     # out of the rows and of a panel's outputs
-    cdef Py_ssize_t step = rows_of(GROUP)
     cdef Py_ssize_t size = sizeof(real) if WORD == 2 or p.kind == FASTATTN_REAL else 2
     cdef Py_ssize_t K = p.K//WORD
     cdef Py_ssize_t parts = max(<Py_ssize_t>1, (K + INNER - 1)//INNER)
@@ -165,7 +179,7 @@ cdef void run_panel(const fastattn_layer* p, const Layer* t, const real* x, Py_s
     cdef Py_ssize_t ldc = p.out.row if direct else LANES
     cdef const real* bias = <const real*>p.bias + panel*LANES if direct and p.bias != NULL else NULL
     cdef const char* at = <const char*>p.panels + panel*K*LANES*size
-    cdef Py_ssize_t part, k, depth, i, n
+    cdef Py_ssize_t part, k, depth
     cdef const real* B
     for part in range(parts):
         k = K*part//parts
@@ -175,14 +189,10 @@ cdef void run_panel(const fastattn_layer* p, const Layer* t, const real* x, Py_s
             widen_part(<const uint16_t*>at, depth, t.part)
             B = t.part
         at += depth*LANES*size
-        i = 0
-        while i < rows:
-            n = rows - i if rows - i <= step + 2 else step          # not two rows alone: see columns_n
-            product_layer(vectors, x + i*ldx + k, ldx, B, depth, C + i*ldc, ldc, n, ADD if part > 0 else STORE,
-                          bias if part == parts - 1 else NULL)
-            if part == parts - 1 and not direct:
-                finish_tile(p, t.C + i*LANES, row + i, n, panel*LANES)
-            i += n
+        product_layer(vectors, x + k, ldx, B, depth, C, ldc, rows, ADD if part > 0 else STORE,
+                      bias if part == parts - 1 else NULL)
+    if not direct:
+        finish_tile(p, t.C, row, rows, panel*LANES)
 
 
 cdef void run_layer(const fastattn_layer* p, int64_t task, void* memory) noexcept nogil:
@@ -190,9 +200,9 @@ cdef void run_layer(const fastattn_layer* p, int64_t task, void* memory) noexcep
     cdef int64_t block = task//p.column_blocks
     cdef int64_t columns = task % p.column_blocks
     cdef int64_t panels = (p.N + LANES - 1)//LANES
-    cdef int64_t tiles = (p.M + rows_of(GROUP) - 1)//rows_of(GROUP)
-    cdef int64_t row = tiles*block//p.row_blocks*rows_of(GROUP)
-    cdef Py_ssize_t rows = min(p.M, tiles*(block + 1)//p.row_blocks*rows_of(GROUP)) - row
+    cdef int64_t tiles = (p.M + rows_of(2) - 1)//rows_of(2)
+    cdef int64_t row = tiles*block//p.row_blocks*rows_of(2)
+    cdef Py_ssize_t rows = min(p.M, tiles*(block + 1)//p.row_blocks*rows_of(2)) - row
     cdef Py_ssize_t ldx = p.x.row
     cdef const real* x
     cdef int64_t panel
