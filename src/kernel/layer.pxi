@@ -149,20 +149,10 @@ cdef void product_layer(int vectors, const real* A, Py_ssize_t lda, const real* 
     # level of the cache, and they read it half as often. The first rows go in wide ones, which ask for more of B at once: it
     # comes from further away then. So do all rows where they are few, or where those of A meet in one set of the first level.
     if m < LAYER_ROWS//2 or lda*sizeof(real) % 4096 == 0:
-        groups_n(vectors, A, lda, B, LANES, n, C, ldc, m, how, 1, last, NULL)
+        groups_n(GROUP, vectors, A, lda, B, LANES, n, C, ldc, m, how, 1, last, NULL)
         return
-    groups_n(vectors, A, lda, B, LANES, n, C, ldc, rows_of(2), how, 1, last, NULL)
-    A += rows_of(2)*lda
-    C += rows_of(2)*ldc
-    m -= rows_of(2)
-    while vectors >= 2:
-        columns_n(2, A, lda, B, LANES, n, C, ldc, m, how, 1, last, NULL)
-        B += 2*VL
-        C += 2*VL
-        last += 2*VL if last != NULL else 0
-        vectors -= 2
-    if vectors == 1:
-        columns_n(1, A, lda, B, LANES, n, C, ldc, m, how, 1, last, NULL)
+    groups_n(GROUP, vectors, A, lda, B, LANES, n, C, ldc, rows_of(2), how, 1, last, NULL)
+    groups_n(2, vectors, A + rows_of(2)*lda, lda, B, LANES, n, C + rows_of(2)*ldc, ldc, m - rows_of(2), how, 1, last, NULL)
 
 
 cdef void run_panel(const fastattn_layer* p, const Layer* t, const real* x, Py_ssize_t ldx, int64_t row, Py_ssize_t rows,

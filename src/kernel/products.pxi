@@ -230,19 +230,19 @@ cdef inline void columns_t(const int nv, const real* A, Py_ssize_t lda, const re
         tile_t(1, nv, A, lda, B, parts, C, c)
 
 
-cdef inline void groups_n(Py_ssize_t vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t ldb, Py_ssize_t n,
-                          real* C, Py_ssize_t ldc, Py_ssize_t m, How how, real scale, const real* last,
+cdef inline void groups_n(const int group, Py_ssize_t vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t ldb,
+                          Py_ssize_t n, real* C, Py_ssize_t ldc, Py_ssize_t m, How how, real scale, const real* last,
                           Ahead* later) noexcept nogil:
-    # C[m, vectors*VL] = A[m, n] · B[n, vectors*VL], or += it: GROUP vectors at a time, then what is left
-    while vectors >= GROUP:
-        columns_n(GROUP, A, lda, B, ldb, n, C, ldc, m, how, scale, last, later)
-        B += GROUP*VL
-        C += GROUP*VL
-        last += GROUP*VL if last != NULL else 0
-        vectors -= GROUP
-    if GROUP > 3 and vectors == 3:
+    # C[m, vectors*VL] = A[m, n] · B[n, vectors*VL], or += it: group vectors at a time, then what is left
+    while vectors >= group:
+        columns_n(group, A, lda, B, ldb, n, C, ldc, m, how, scale, last, later)
+        B += group*VL
+        C += group*VL
+        last += group*VL if last != NULL else 0
+        vectors -= group
+    if group > 3 and vectors == 3:
         columns_n(3, A, lda, B, ldb, n, C, ldc, m, how, scale, last, later)
-    elif GROUP > 2 and vectors == 2:
+    elif group > 2 and vectors == 2:
         columns_n(2, A, lda, B, ldb, n, C, ldc, m, how, scale, last, later)
     elif vectors == 1:
         columns_n(1, A, lda, B, ldb, n, C, ldc, m, how, scale, last, later)
@@ -250,13 +250,13 @@ cdef inline void groups_n(Py_ssize_t vectors, const real* A, Py_ssize_t lda, con
 
 cdef void product_n(int vectors, const real* A, Py_ssize_t lda, const real* B, Py_ssize_t n, real* C,
                     Py_ssize_t m, How how, real scale, Ahead* later) noexcept nogil:
-    groups_n(vectors, A, lda, B, LANES, n, C, LANES, m, how, scale, NULL, later)
+    groups_n(GROUP, vectors, A, lda, B, LANES, n, C, LANES, m, how, scale, NULL, later)
 
 
 cdef void product_rows(const real* A, Py_ssize_t n, const real* B, Py_ssize_t ldb, real* C, Py_ssize_t m, Py_ssize_t ldc,
                        Py_ssize_t width, Ahead* later) noexcept nogil:
     # C[m, width] += A[m, n] · B[n, width], where rows of A are LANES apart, and width is whole vectors
-    groups_n(width//VL, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, NULL, later)
+    groups_n(GROUP, width//VL, A, LANES, B, ldb, n, C, ldc, m, ADD, 1, NULL, later)
 
 
 cdef void product_t(int vectors, const real* A, Py_ssize_t lda, const real* B, const Parts* parts, real* C,
